@@ -1,0 +1,169 @@
+"""The nouns: sequences, rollouts, and the packed batch that every model sees. No padding anywhere.
+
+Conventions. Per-token fields (log-probs, values, advantages, ...) are indexed by the learned token that they belong
+to and are packed: `[N]` over all learned tokens of the batch in order. Token t is predicted by the hidden state at
+position t - 1, so the heads run on `rows` alone, which is worked out here, on the host, once per batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a response is sampled for."""
+
+    messages: list[dict[str, str]]
+    """Chat messages, the last one the user's: what reward functions see."""
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response."""
+
+    prompt: list[int]
+    response: list[int]
+    """Its last token is an end-of-sequence token where `finished`."""
+    logprobs: Tensor
+    """`[len(response)]` float32 on the CPU: at temperature 1 on unprocessed logits, recorded while sampling."""
+    finished: bool
+    """False: cut off at the limit."""
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.response
+
+    @property
+    def mask(self) -> list[bool]:
+        """True on the response's tokens."""
+        return [False] * len(self.prompt) + [True] * len(self.response)
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """S sequences end to end: T tokens, of which N are learned (response or assistant tokens)."""
+
+    tokens: Tensor
+    """`[T]` int64"""
+    positions: Tensor
+    """`[T]` int64; restart at 0 with each sequence"""
+    rows: Tensor
+    """`[N]` int64: index of the hidden state that predicts each learned token"""
+    labels: Tensor
+    """`[N]` int64: the learned tokens"""
+    last: Tensor
+    """`[S]` int64: index of each sequence's last token"""
+    lengths: tuple[int, ...]
+    """S tokens counts, on the host"""
+    row_lengths: tuple[int, ...]
+    """S counts of learned tokens, on the host"""
+
+    @property
+    def cu_rows(self) -> Tensor:
+        """`[S + 1]` int32: where each sequence's learned tokens start and end in an `[N]` field."""
+        return cumulative(self.row_lengths, self.tokens.device)
+
+    @property
+    def num_rows(self) -> int:
+        return sum(self.row_lengths)
+
+
+def pack(tokens: Sequence[list[int]], masks: Sequence[Sequence[bool]], device: torch.device) -> PackedBatch:
+    """Put sequences end to end.
+
+    Args:
+        tokens: S lists of token ids, none empty.
+        masks: S lists as long, True on learned tokens. A sequence's first token cannot be learned: nothing
+            predicts it.
+    """
+    lengths = tuple(map(len, tokens))
+    flat = np.fromiter((token for sequence in tokens for token in sequence), np.int64, sum(lengths))
+    mask = np.fromiter((flag for sequence in masks for flag in sequence), bool, sum(lengths))
+    ends = np.cumsum(lengths, dtype=np.int64)
+    starts = ends - lengths
+    if mask[starts].any():
+        raise ValueError("the first token of a sequence is marked as learned, but no hidden state predicts it")
+    learned = np.flatnonzero(mask)
+    row_lengths = np.add.reduceat(mask, starts, dtype=np.int64)
+    positions = np.arange(len(flat)) - np.repeat(starts, lengths)
+    on = lambda array: torch.from_numpy(array).to(device, non_blocking=True)  # noqa: E731
+    return PackedBatch(
+        tokens=on(flat),
+        positions=on(positions),
+        rows=on(learned - 1),
+        labels=on(flat[learned]),
+        last=on(ends - 1),
+        lengths=lengths,
+        row_lengths=tuple(row_lengths.tolist()),
+    )
+
+
+def pack_rollouts(rollouts: Sequence[Rollout], device: torch.device) -> PackedBatch:
+    """Prompts and responses end to end; the learned tokens are the responses'."""
+    return pack([r.tokens for r in rollouts], [r.mask for r in rollouts], device)
+
+
+def cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """`[len + 1]` int32: 0, l_0, l_0 + l_1, ..."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices of `lengths` in order, cut into groups of at most `budget` tokens; a longer sequence stands alone."""
+    groups: list[list[int]] = []
+    used = budget + 1
+    for index, length in enumerate(lengths):
+        if used + length > budget:
+            groups.append([])
+            used = 0
+        groups[-1].append(index)
+        used += length
+    return groups
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rollouts that pass through a model together."""
+
+    batch: PackedBatch
+    members: Tensor
+    """`[S]` int64: which rollouts of the iteration"""
+    places: Tensor
+    """`[N]` int64: their tokens' places in the iteration's per-token fields"""
+
+
+def plan_minibatches(
+    rollouts: Sequence[Rollout], minibatch_size: int, budget: int, seed: Sequence[int], device: torch.device
+) -> list[list[MicroBatch]]:
+    """Shuffle the rollouts into minibatches (one optimizer step each), each cut into micro-batches by tokens.
+
+    Args:
+        budget: tokens per micro-batch at most.
+        seed: of the shuffle.
+    """
+    order = np.random.default_rng(np.random.SeedSequence(list(seed))).permutation(len(rollouts))
+    starts = np.cumsum([0, *(len(rollout.response) for rollout in rollouts)])
+    minibatches = []
+    for chosen in order.reshape(-1, minibatch_size):
+        groups = split_by_tokens([len(rollouts[i].tokens) for i in chosen], budget)
+        minibatches.append([_micro_batch(rollouts, chosen[group], starts, device) for group in groups])
+    return minibatches
+
+
+def _micro_batch(
+    rollouts: Sequence[Rollout], members: np.ndarray, starts: np.ndarray, device: torch.device
+) -> MicroBatch:
+    places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+    return MicroBatch(
+        batch=pack_rollouts([rollouts[i] for i in members], device),
+        members=torch.from_numpy(members).to(device),
+        places=torch.from_numpy(places).to(device),
+    )

@@ -1,0 +1,113 @@
+"""Files that are whole or not there: text, model folders, checkpoints."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase
+
+from .errors import InputError, StorageError
+from .models import Model, ScalarModel
+
+# Whatever writes a file may run into a full disk, each in its own words.
+_WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that takes its place when the block ends well, and vanishes if not.
+
+    Raises StorageError where writing fails; what stood in `folder` is then still there.
+    """
+    draft, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("draft", "old"))
+    try:
+        for leftover in (draft, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        draft.mkdir(parents=True)
+        yield draft
+        _flush_to_disk(draft)
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+    except _WRITE_ERRORS as error:
+        raise _storage_error(folder, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield the name of a file beside `path` that takes its place when the block ends well, and vanishes if not."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield draft
+        _flush_to_disk(draft)
+        draft.replace(path)
+    except _WRITE_ERRORS as error:
+        raise _storage_error(path, error) from error
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _storage_error(path: Path, error: BaseException) -> StorageError:
+    if isinstance(error, StorageError):
+        return error
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return StorageError(f"{path}: could not be written ({reason}); nothing of it was kept, what stood there still does")
+
+
+def save_model(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a Hugging Face folder: configuration, safetensors, tokenizer.
+
+    Where other files stand in `folder` they stay; `config.json`, which makes it a model folder, comes last.
+    """
+    if isinstance(model, ScalarModel) and model.config.pad_token_id is None:
+        # Other tools find a response's end by its padding.
+        model.config.pad_token_id = tokenizer.pad_token_id
+    whole = folder / ".model"
+    with atomic_folder(whole) as draft:
+        model.model.save_pretrained(draft)
+        tokenizer.save_pretrained(draft)
+    for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+        path.replace(folder / path.name)
+    whole.rmdir()
+
+
+def save_checkpoint(
+    folder: Path,
+    models: Mapping[str, Model],
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+) -> None:
+    """Write a checkpoint: each model as a Hugging Face folder of its name, and `state.pt`."""
+    with atomic_folder(folder) as draft:
+        for name, model in models.items():
+            (draft / name).mkdir()
+            save_model(model, tokenizer, draft / name)
+        torch.save({**state, "torch_rng": torch.get_rng_state()}, draft / "state.pt")
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save_checkpoint` got as `state`; restores torch's random state."""
+    try:
+        state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise InputError(f"{checkpoint}/state.pt: not a readable checkpoint ({error})") from None
+    torch.set_rng_state(state["torch_rng"])
+    return state
+
+
+def _flush_to_disk(path: Path) -> None:
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())

@@ -1,0 +1,336 @@
+"""The command line: `ppomax demo | sft | rm | ppo | eval | generate | report`.
+
+A thin edge: each command is a dataclass whose fields are its flags and whose `run` calls the engine. Bad input ends in
+one line on the standard error and exit code 2.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .config import EvalConfig, GenerateConfig, PPOConfig, RewardModelConfig, SFTConfig, from_dict
+from .errors import InputError
+from .presets import PRESETS, preset
+from .runs import RunFolder, read_toml, version
+
+Style = Literal["auto", "chat", "en", "zh"]
+OnBad = Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The whole job on a generated world, on a CPU, in minutes: SFT, reward model, critic pre-training, PPO, report."""
+
+    preset: Literal["ppo-max", "vanilla"] = "ppo-max"
+    """vanilla: the paper's collapsing baseline."""
+    compare: bool = False
+    """Train both, side by side, and draw them in one figure."""
+    out: Path | None = None
+    """Default: runs/demo, runs/demo-2, ..."""
+    seed: int = 0
+
+    def run(self) -> None:
+        from .demo import DemoConfig, run_demo
+
+        run_demo(DemoConfig(seed=self.seed), ("ppo-max", "vanilla") if self.compare else (self.preset,), self.out)
+
+
+@dataclass(frozen=True)
+class SFT:
+    """Supervised fine-tuning on dialogues. `--resume RUN` continues a run with the settings it was started with."""
+
+    data: tuple[Path, ...]
+    """Files of dialogues or pairs (the chosen side), plain or .gz."""
+    out: Path
+    """Run folder: the finished model, metrics, checkpoints."""
+    config: Annotated[SFTConfig, tyro.conf.arg(name="")]
+    model: str = "builtin:small"
+    """Hugging Face folder, or builtin:tiny / builtin:small: a new model with a tokenizer trained on the data."""
+    template: Style = "auto"
+    """How dialogues become text; auto: the tokenizer's chat template, else en."""
+    on_bad: OnBad = "raise"
+    """What to do with a record that cannot be used (an empty answer, say)."""
+    overwrite: bool = False
+    """Replace a run that `out` already holds."""
+
+    def run(self) -> None:
+        from .sft import train_sft
+
+        train_sft(
+            self.config, model=self.model, data=self.data, out=self.out, template=self.template, on_bad=self.on_bad,
+            overwrite=self.overwrite,
+        )  # fmt: skip
+
+    @staticmethod
+    def resume(folder: Path) -> None:
+        from .sft import resume_sft
+
+        resume_sft(folder)
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """Train a reward model on pairs. `--resume RUN` continues a run with the settings it was started with."""
+
+    model: Path
+    """Hugging Face folder of the language model to start from (the SFT model)."""
+    data: tuple[Path, ...]
+    """Files of pairs, plain or .gz."""
+    out: Path
+    """Run folder: the finished model, metrics, checkpoints."""
+    config: Annotated[RewardModelConfig, tyro.conf.arg(name="")]
+    template: Style = "auto"
+    """How dialogues become text; auto: the tokenizer's chat template, else en."""
+    on_bad: OnBad = "raise"
+    """What to do with a record that cannot be used (two equal answers, say)."""
+    overwrite: bool = False
+    """Replace a run that `out` already holds."""
+
+    def run(self) -> None:
+        from .reward_model import train_reward_model
+
+        train_reward_model(
+            self.config, model=self.model, data=self.data, out=self.out, template=self.template, on_bad=self.on_bad,
+            overwrite=self.overwrite,
+        )  # fmt: skip
+
+    @staticmethod
+    def resume(folder: Path) -> None:
+        from .reward_model import resume_reward_model
+
+        resume_reward_model(folder)
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Train a policy with PPO against a reward. `--preset NAME` (default ppo-max) sets the defaults below;
+    `--resume RUN` continues a run with the settings it was started with."""
+
+    model: Path
+    """Hugging Face folder of the policy to start from (the SFT model); also the frozen reference."""
+    reward: str
+    """Reward-model folder, or module:function."""
+    data: tuple[Path, ...]
+    """Files of prompts (of dialogues and pairs, their prompts), plain or .gz."""
+    out: Path
+    """Run folder: the finished policy and critic, metrics, checkpoints."""
+    config: Annotated[PPOConfig, tyro.conf.arg(name="")]
+    critic: Path | None = None
+    """Folder to start the critic from. Default: the reward model, else the policy's trunk with a zero head."""
+    ptx_data: tuple[Path, ...] = ()
+    """Files of dialogues for PPO-ptx; needed unless --ptx-coef 0."""
+    eval_data: tuple[Path, ...] = ()
+    """Files of held-out prompts, answered every --eval-every iterations."""
+    judge: str | None = None
+    """A second reward (folder or module:function) that is measured and never optimised."""
+    template: Style = "auto"
+    """How dialogues become text; auto: the tokenizer's chat template, else en."""
+    on_bad: OnBad = "raise"
+    """What to do with a record that cannot be used."""
+    overwrite: bool = False
+    """Replace a run that `out` already holds."""
+
+    def run(self) -> None:
+        from .trainer import PPOTrainer
+
+        PPOTrainer(
+            self.config, policy=self.model, reward=self.reward, prompts=self.data, critic=self.critic,
+            ptx=self.ptx_data, eval_prompts=self.eval_data, judge=self.judge, template=self.template,
+            on_bad=self.on_bad, out=self.out, overwrite=self.overwrite,
+        ).train()  # fmt: skip
+
+    @staticmethod
+    def resume(folder: Path) -> None:
+        from .trainer import PPOTrainer
+
+        PPOTrainer.resume(folder).train()
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Answer held-out prompts with a policy and a baseline; win / tie / lose by a reward model or functions."""
+
+    model: Path
+    """Hugging Face folder of the policy."""
+    baseline: Path
+    """Hugging Face folder to compare with (the SFT model); KL is against it."""
+    judge: tuple[str, ...]
+    """Reward-model folders or module:function."""
+    data: tuple[Path, ...]
+    """Files of prompts."""
+    config: Annotated[EvalConfig, tyro.conf.arg(name="")]
+    template: Style = "auto"
+    """How dialogues become text; auto: the tokenizer's chat template, else en."""
+    on_bad: OnBad = "raise"
+    """What to do with a record that cannot be used."""
+    samples: int = 3
+    """Prompts whose answers are shown."""
+    out: Path | None = None
+    """Write the table and the samples to this Markdown file too."""
+
+    def run(self) -> None:
+        from .evaluate import evaluate
+        from .models import load_tokenizer
+        from .report import show_evaluation
+        from .templates import Template
+
+        judges: dict[str, Any] = {judge: judge for judge in self.judge}
+        evaluation = evaluate(
+            self.model, self.baseline, self.data, judges, self.config, template=self.template, on_bad=self.on_bad
+        )
+        template = Template(load_tokenizer(self.model), self.template)
+        show_evaluation(str(self.baseline), {str(self.model): evaluation}, template, self.samples, self.out)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Answer prompts with a model."""
+
+    model: Path
+    """Hugging Face folder."""
+    config: Annotated[GenerateConfig, tyro.conf.arg(name="")]
+    prompt: tuple[str, ...] = ()
+    """Texts to answer."""
+    data: tuple[Path, ...] = ()
+    """Files of prompts to answer."""
+    template: Style = "auto"
+    """How dialogues become text; auto: the tokenizer's chat template, else en."""
+    on_bad: OnBad = "raise"
+    """What to do with a record that cannot be used."""
+    out: Path | None = None
+    """Write JSONL (messages with the answer, as it finished) instead of text."""
+
+    def run(self) -> None:
+        from .generate import generate
+
+        generate(
+            self.config, model=self.model, texts=self.prompt, data=self.data, template=self.template,
+            on_bad=self.on_bad, out=self.out,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """Draw the curves of PPO runs into one figure."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders."""
+    out: Path = Path("curves.png")
+    """The figure."""
+
+    def run(self) -> None:
+        from .report import plot_curves
+
+        for folder in self.runs:
+            RunFolder.open(folder)
+        plot_curves({folder.name: folder for folder in self.runs}, self.out)
+        print(self.out)
+
+
+COMMANDS: dict[str, Any] = {
+    "demo": Demo, "sft": SFT, "rm": RewardModel, "ppo": PPO, "eval": Eval, "generate": Generate, "report": Report
+}  # fmt: skip
+CONFIGS: dict[str, Any] = {
+    "sft": SFTConfig, "rm": RewardModelConfig, "ppo": PPOConfig, "eval": EvalConfig, "generate": GenerateConfig
+}  # fmt: skip
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `ppomax` command; exits with 0, 2 for bad input, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except InputError as error:
+        sys.exit(_complain(str(error)))
+    except OSError as error:
+        name = f"{error.filename}: " if error.filename else ""
+        sys.exit(_complain(f"{name}{error.strerror or error}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    command, *rest = arguments or ["--help"]
+    if command in ("-h", "--help"):
+        print(_overview())
+    elif command == "--version":
+        print(f"ppomax {version()}")
+    elif command not in COMMANDS:
+        raise InputError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
+    elif (folder := _take(rest, "--resume")) is not None:
+        _resume(command, folder, rest)
+    else:
+        _parse(command, rest).run()
+
+
+def _overview() -> str:
+    lines = ["usage: ppomax COMMAND [OPTIONS]   (ppomax COMMAND --help for its options)", ""]
+    lines += [f"  {name:10}{cls.__doc__.splitlines()[0].split('. `')[0]}" for name, cls in COMMANDS.items()]
+    return "\n".join([*lines, "", "  --version"])
+
+
+def _resume(command: str, folder: str, rest: list[str]) -> None:
+    if not hasattr(COMMANDS[command], "resume"):
+        raise InputError(f"ppomax {command} has no --resume")
+    if rest:
+        raise InputError(f"--resume goes on with the run's own settings, it takes no other option: {' '.join(rest)}")
+    COMMANDS[command].resume(Path(folder))
+
+
+def _parse(command: str, rest: list[str]) -> Any:
+    """The command's dataclass from its flags, over the defaults of --preset or of a --config file."""
+    cls = COMMANDS[command]
+    if command not in CONFIGS:
+        return tyro.cli(cls, args=rest, prog=f"ppomax {command}")
+    extra = "--config FILE: defaults from the [config] table of a run.toml."
+    if command == "ppo":
+        extra += f" --preset {{{','.join(PRESETS)}}}: defaults from a preset of 7B settings."
+    config = _base_config(command, rest)
+    fields = cls.__dataclass_fields__.values()
+    default = cls(**{f.name: config if f.name == "config" else _default(f) for f in fields})
+    return tyro.cli(cls, args=rest, prog=f"ppomax {command}", default=default, description=f"{cls.__doc__}\n{extra}")
+
+
+def _default(field: Any) -> Any:
+    return tyro.MISSING if field.default is dataclasses.MISSING else field.default
+
+
+def _base_config(command: str, rest: list[str]) -> Any:
+    file, name = _take(rest, "--config"), _take(rest, "--preset") if command == "ppo" else None
+    if file is not None and name is not None:
+        raise InputError("--config and --preset both set all defaults: give one of them")
+    if file is not None:
+        table = read_toml(file)
+        return from_dict(CONFIGS[command], table.get("config", table), file)
+    return preset(name or "ppo-max") if command == "ppo" else CONFIGS[command]()
+
+
+def _take(arguments: list[str], flag: str) -> str | None:
+    """Remove `flag VALUE` or `flag=VALUE` from the arguments; its value, None where it is not there."""
+    for index, argument in enumerate(arguments):
+        if argument == flag:
+            if index + 1 == len(arguments):
+                raise InputError(f"{flag}: expected a value after it")
+            value = arguments[index + 1]
+            del arguments[index : index + 2]
+            return value
+        if argument.startswith(f"{flag}="):
+            del arguments[index]
+            return argument.partition("=")[2]
+    return None
+
+
+def _complain(message: str) -> int:
+    print(f"ppomax: error: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

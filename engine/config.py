@@ -1,0 +1,373 @@
+"""What a run is told: one frozen, validated dataclass per owner. The named PPO presets stand in `presets.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import types
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from .errors import InputError
+
+Config = TypeVar("Config")
+
+
+def _require(config: object, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Raise unless field `name` is None (where its type allows that) or lies in [low, high]; `above`: > low."""
+    value = getattr(config, name)
+    if value is None:
+        return
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if number and (low < value if above else low <= value) and value <= high:
+        return
+    upper = "" if high == math.inf else f" and <= {high:g}"
+    raise InputError(
+        f"{type(config).__name__}.{name} = {value!r}: expected a number {'>' if above else '>='} {low:g}{upper}"
+    )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """Learning-rate factor over optimizer steps (`optim.lr_factor`)."""
+
+    kind: Literal["constant", "cosine", "inverse-sqrt"] = "constant"
+    warmup: float = 0.0
+    """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
+    floor: float = 0.0
+    """Lowest factor: where an inverse-sqrt warm-up starts, where a cosine ends."""
+
+    def __post_init__(self) -> None:
+        _require(self, "warmup", 0)
+        _require(self, "floor", 0, 1)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW for one model."""
+
+    lr: float = 5e-7
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require(self, "lr", 0)
+        _require(self, "eps", 0, above=True)
+        _require(self, "weight_decay", 0)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise InputError(f"OptimConfig.betas = {self.betas!r}: expected two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class RuntimeConfig:
+    """Where and in which precision a run computes."""
+
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights and activations; `auto`: bfloat16 on a GPU, float32 on a CPU. Losses are always float32."""
+    seed: int = 0
+    save_every: int = 100
+    """Steps (PPO: iterations) between resumable checkpoints; there is one at the end in any case."""
+    keep_checkpoints: int = 1
+    """Newest checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        _require(self, "seed", 0, 2**31 - 1)
+        _require(self, "save_every", 1)
+        _require(self, "keep_checkpoints", 1)
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    max_response: int = 512
+    """Tokens of a response at most."""
+    temperature: float = 0.8
+    """0 takes the likeliest token."""
+    top_p: float = 0.9
+    top_k: int = 0
+    """0: off."""
+    repetition_penalty: float = 1.1
+    """CTRL rule, on response tokens only; 1: off."""
+    max_running: int = 256
+    """Sequences decoded at the same time."""
+    prefill_tokens: int = 8192
+    """Prompt tokens computed in one forward pass at most (one prompt always may)."""
+    block_size: int = 16
+    """Tokens per block of the KV cache."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_response", "max_running", "prefill_tokens", "block_size"):
+            _require(self, name, 1)
+        _require(self, "temperature", 0)
+        _require(self, "top_p", 0, 1, above=True)
+        _require(self, "top_k", 0)
+        _require(self, "repetition_penalty", 0, above=True)
+
+
+def _require_prompt(config: object, max_sequence: int, rollout: RolloutConfig) -> None:
+    if max_sequence <= rollout.max_response:
+        raise InputError(
+            f"{type(config).__name__}.max_sequence = {max_sequence!r}: expected more than "
+            f"rollout.max_response = {rollout.max_response}, or no prompt fits"
+        )
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Score reparameterisation (paper Fig. 5, star 5), before the KL penalty is added."""
+
+    transform: Literal["normalize", "scale", "none"] = "normalize"
+    """normalize: (r - mean) / std; scale: r / std; moments over the whole history of scores."""
+    clip: float | None = 5.0
+    """Transformed scores are cut to [-clip, clip]; None: not cut."""
+
+    def __post_init__(self) -> None:
+        _require(self, "clip", 0, above=True)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning: cross-entropy on assistant tokens. Defaults: the paper, training settings."""
+
+    epochs: int = 2
+    max_steps: int | None = None
+    """Optimizer steps at most, whatever `epochs` says."""
+    batch_size: int = 32
+    """Dialogues per optimizer step (global)."""
+    micro_batch_tokens: int = 16384
+    """Tokens per forward pass at most (one sequence always may)."""
+    max_sequence: int = 2048
+    held_out: float = 0.02
+    """Share of the dialogues, split by context, on which the loss is measured."""
+    eval_every: int = 100
+    grad_clip: float | None = 1.0
+    vocab_size: int = 2048
+    """Of the tokenizer that is trained where the model is a built-in one."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=9.5e-6, schedule=ScheduleConfig("cosine", floor=0.1))
+    )
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "max_steps", "batch_size", "micro_batch_tokens", "eval_every"):
+            _require(self, name, 1)
+        _require(self, "max_sequence", 2)
+        _require(self, "held_out", 0, 0.5)
+        _require(self, "grad_clip", 0, above=True)
+        _require(self, "vocab_size", 300)
+
+
+@dataclass(frozen=True)
+class RewardModelConfig:
+    """Ranking loss with an imitation term (paper section 3.1)."""
+
+    max_steps: int = 1000
+    batch_size: int = 32
+    """Pairs per optimizer step at most (global)."""
+    batch_tokens: int | None = None
+    """Dynamic batches: as many pairs (4 to 128) as reach this number of tokens, instead of `batch_size`."""
+    micro_batch_tokens: int = 16384
+    max_sequence: int = 2048
+    imitation_coef: float = 1.0
+    """beta_rm: weight of the language-modelling loss on the chosen response (paper 1, released code 0)."""
+    held_out: float = 0.05
+    """Share of the pairs, split by context, on which the accuracy is measured."""
+    eval_every: int = 100
+    grad_clip: float | None = 1.0
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(lr=5e-6, schedule=ScheduleConfig("constant", warmup=0.1))
+    )
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "batch_tokens", "micro_batch_tokens", "eval_every"):
+            _require(self, name, 1)
+        _require(self, "max_sequence", 2)
+        _require(self, "imitation_coef", 0)
+        _require(self, "held_out", 0, 0.5)
+        _require(self, "grad_clip", 0, above=True)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO on a language model; `preset("ppo-max")` and its siblings fill it. All batch sizes are global."""
+
+    iterations: int = 1000
+    rollouts_per_iteration: int = 128
+    minibatch_size: int = 32
+    """Rollouts per optimizer step."""
+    ppo_epochs: int = 1
+    micro_batch_tokens: int = 16384
+    """Tokens per forward pass at most (one sequence always may)."""
+    max_sequence: int = 2048
+    """Prompt and response together; prompts keep `max_sequence - rollout.max_response` tokens."""
+
+    gamma: float = 1.0
+    gae_lambda: float = 0.9
+    bootstrap_truncated: bool = False
+    """Value after a response cut off at the limit: the critic's (True) or 0 (False, as in the released code)."""
+    kl_coef: float = 0.05
+    """eta: weight of the per-token penalty on log pi - log pi_ref inside the reward."""
+    clip_eps: float = 0.2
+    value_clip: float | None = 0.2
+    dual_clip: float | None = None
+    entropy_coef: float = 0.0
+    entropy_bound: float | None = None
+    """The entropy bonus acts only on tokens whose entropy is below this (nats)."""
+    normalize_advantages: bool = False
+    advantage_clip: float | None = None
+    ratio_base: Literal["rollout", "reference"] = "rollout"
+    """Denominator of the ratio: the policy that sampled, or the reference (the paper's "importance sampling")."""
+    logprob_temperature: float = 1.0
+    grad_clip: float | None = 1.0
+    ptx_coef: float = 0.0
+    """lambda_ptx: weight of the language-modelling loss on SFT text (PPO-ptx)."""
+    ptx_batch_size: int = 32
+    """Dialogues of SFT text per optimizer step."""
+    critic_pretrain_iterations: int = 0
+    """Rollout batches of the fixed policy on which the critic is trained first, at most; 0: off."""
+    critic_pretrain_epochs: int = 2
+    critic_pretrain_tolerance: float = 0.05
+    """Critic pre-training ends early when the value loss falls by less than this share from batch to batch."""
+
+    eval_every: int = 0
+    """Iterations between evaluations on held-out prompts; 0: none."""
+
+    policy_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-7, eps=1e-6))
+    critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.65e-6, eps=1e-8))
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "rollouts_per_iteration", "minibatch_size", "ppo_epochs",
+                     "micro_batch_tokens", "ptx_batch_size", "critic_pretrain_epochs"):  # fmt: skip
+            _require(self, name, 1)
+        for name in ("gamma", "gae_lambda"):
+            _require(self, name, 0, 1)
+        for name in ("kl_coef", "entropy_coef", "ptx_coef", "critic_pretrain_iterations", "eval_every"):
+            _require(self, name, 0)
+        for name in ("value_clip", "entropy_bound", "advantage_clip", "logprob_temperature", "grad_clip"):
+            _require(self, name, 0, above=True)
+        _require(self, "clip_eps", 0, 1, above=True)
+        _require(self, "dual_clip", 1, above=True)
+        _require(self, "critic_pretrain_tolerance", 0, 1)
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        _require_prompt(self, self.max_sequence, self.rollout)
+        if self.rollouts_per_iteration % self.minibatch_size:
+            raise InputError(
+                f"PPOConfig.minibatch_size = {self.minibatch_size}: expected a divisor of "
+                f"rollouts_per_iteration = {self.rollouts_per_iteration}"
+            )
+
+    @property
+    def max_prompt(self) -> int:
+        """Tokens of a prompt at most."""
+        return self.max_sequence - self.rollout.max_response
+
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimizer steps of the policy over the whole run."""
+        return self.iterations * self.ppo_epochs * (self.rollouts_per_iteration // self.minibatch_size)
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Answering prompts."""
+
+    max_sequence: int = 2048
+    """Prompt and response together."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        _require_prompt(self, self.max_sequence, self.rollout)
+
+    @property
+    def max_prompt(self) -> int:
+        """Tokens of a prompt at most."""
+        return self.max_sequence - self.rollout.max_response
+
+
+@dataclass(frozen=True)
+class EvalConfig(GenerateConfig):
+    """Answering held-out prompts and judging the answers."""
+
+    max_prompts: int = 512
+    """The first so many prompts of the files."""
+    micro_batch_tokens: int = 16384
+    """Tokens per forward pass at most (one sequence always may)."""
+    tie_margin: float = 0.1
+    """Scores closer than this many standard deviations of the baseline's scores are a tie."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("max_prompts", "micro_batch_tokens"):
+            _require(self, name, 1)
+        _require(self, "tie_margin", 0)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict for TOML; None, which TOML lacks, becomes the string "none"."""
+    out: dict[str, Any] = {}
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            value = to_dict(value)
+        elif isinstance(value, tuple):
+            value = list(value)
+        out[item.name] = "none" if value is None else value
+    return out
+
+
+def from_dict(cls: type[Config], values: dict[str, Any], where: str = "config") -> Config:
+    """The config of class `cls` from a nested dict; fields left out keep their defaults.
+
+    Raises InputError naming `where` and the field for an unknown field or a value of the wrong type.
+    """
+    hints = get_type_hints(cls)
+    kwargs = {}
+    for name, value in values.items():
+        if name not in hints:
+            raise InputError(f"{where}: unknown field {name!r}; expected one of {', '.join(hints)}")
+        kwargs[name] = _convert(hints[name], value, f"{where}.{name}")
+    return cls(**kwargs)
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    if get_origin(hint) in (Union, types.UnionType):
+        if value == "none" or value is None:
+            return None
+        hint = next(arg for arg in get_args(hint) if arg is not type(None))
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise InputError(f"{where} = {value!r}: expected a table")
+        return from_dict(hint, value, where)  # type: ignore[arg-type]
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise InputError(f"{where} = {value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if get_origin(hint) is tuple:
+        return tuple(_convert(float, item, where) for item in _as_list(value, where))
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_scalar(hint: type, value: Any, where: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise InputError(f"{where} = {value!r}: expected {hint.__name__}")
+    return value
+
+
+def _as_list(value: Any, where: str) -> list[Any]:
+    if not isinstance(value, (list, tuple)):
+        raise InputError(f"{where} = {value!r}: expected a list")
+    return list(value)

@@ -1,0 +1,137 @@
+"""Win / tie / lose of one policy against another on held-out prompts, judged by a reward model or functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .batch import Prompt, Rollout, pack_rollouts, split_by_tokens
+from .config import EvalConfig
+from .data import OnBad, Paths, read_prompts
+from .measures import action_metrics
+from .models import CausalModel, Placement, check_same_tokenizer, load_policy, load_tokenizer
+from .prompts import encode_prompts
+from .rewards import Reward, Source, make_reward
+from .rollout import RolloutEngine, random_seeds
+from .templates import Style, Template
+
+_SEED = 3
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One policy's responses to S prompts, and what the judges say of them."""
+
+    prompts: Sequence[Prompt]
+    rollouts: list[Rollout]
+    scores: dict[str, Tensor]
+    """Judge -> `[S]`"""
+    logprobs: Tensor
+    """`[N]` under the policy itself, all responses in order"""
+    ref_logprobs: Tensor
+    """`[N]` under the reference"""
+
+    def summary(self) -> dict[str, float]:
+        """`JUDGE_mean` for each judge, and the action-space metrics."""
+        means = {f"{judge}_mean": float(scores.mean()) for judge, scores in self.scores.items()}
+        return means | action_metrics(self.rollouts, self.logprobs, self.ref_logprobs)
+
+
+@torch.no_grad()
+def answer_and_judge(
+    engine: RolloutEngine,
+    reference: CausalModel,
+    prompts: Sequence[Prompt],
+    judges: Mapping[str, Reward],
+    *,
+    micro_batch_tokens: int,
+    seed: int,
+) -> Answers:
+    """Sample one response to each prompt and score it. The same seed draws the same random numbers."""
+    rollouts = engine.generate([prompt.tokens for prompt in prompts], random_seeds(len(prompts), seed, _SEED))
+    groups = split_by_tokens([len(rollout.tokens) for rollout in rollouts], micro_batch_tokens)
+    batches = [pack_rollouts([rollouts[i] for i in group], reference.device) for group in groups]
+    return Answers(
+        prompts=prompts,
+        rollouts=rollouts,
+        scores={name: judge(prompts, rollouts) for name, judge in judges.items()},
+        logprobs=torch.cat([engine.policy.logprobs(batch)[0] for batch in batches]),
+        ref_logprobs=torch.cat([reference.logprobs(batch)[0] for batch in batches]),
+    )
+
+
+@dataclass(frozen=True)
+class WinRate:
+    """Shares of prompts on which the policy's answer is judged better, alike, worse than the baseline's."""
+
+    win: float
+    tie: float
+    lose: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A policy beside its baseline."""
+
+    policy: Answers
+    baseline: Answers
+    tie_margin: float
+    """Scores closer than this many of the baseline's standard deviations are a tie"""
+
+    def win_rate(self, judge: str) -> WinRate:
+        difference = self.policy.scores[judge] - self.baseline.scores[judge]
+        margin = self.tie_margin * float(self.baseline.scores[judge].std(correction=0))
+        win = float((difference > margin).float().mean())
+        lose = float((difference < -margin).float().mean())
+        return WinRate(win, 1 - win - lose, lose)
+
+    def gain(self, judge: str) -> tuple[float, float]:
+        """Mean difference of the scores, policy - baseline, and half of its 95 % interval over prompts."""
+        difference = self.policy.scores[judge] - self.baseline.scores[judge]
+        return float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
+
+
+def evaluate(
+    policy: str | Path,
+    baseline: str | Path,
+    prompts: Paths,
+    judges: Mapping[str, Source],
+    config: EvalConfig,
+    template: Style = "auto",
+    on_bad: OnBad = "raise",
+) -> Evaluation:
+    """Answer held-out prompts with both policies and judge the answers.
+
+    Args:
+        policy, baseline: Hugging Face folders with the same tokenizer; KL is against the baseline.
+        judges: name -> reward-model folder, `module:function` or function.
+
+    Raises:
+        InputError: unusable folders or files, or different tokenizers.
+    """
+    placement = Placement.of(config.runtime)
+    tokenizer = load_tokenizer(policy)
+    check_same_tokenizer(tokenizer, load_tokenizer(baseline), f"{policy} and {baseline}")
+    format = Template(tokenizer, template)
+    rewards = {name: make_reward(judge, format, placement, config.micro_batch_tokens) for name, judge in judges.items()}
+    items = encode_prompts(format, read_prompts(prompts, on_bad)[: config.max_prompts], config.max_prompt)
+    reference = load_policy(baseline, placement)
+    answers = []
+    for model in (load_policy(policy, placement), reference):
+        engine = RolloutEngine(model, config.rollout, format.eos_token_ids, config.max_prompt)
+        answers.append(
+            answer_and_judge(
+                engine,
+                reference,
+                items,
+                rewards,
+                micro_batch_tokens=config.micro_batch_tokens,
+                seed=config.runtime.seed,
+            )
+        )
+    return Evaluation(answers[0], answers[1], config.tie_margin)

@@ -1,0 +1,279 @@
+"""Policy, reference, critic and reward model: Hugging Face folders in, Hugging Face folders out.
+
+`CausalModel` and `ScalarModel` wrap unmodified transformers models. Both run the trunk over a packed batch and apply
+their head to chosen rows only, so no logits and no values of prompt tokens are ever computed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from ..kernels.api import linear_logprobs
+from .attention import ATTENTION, Attention, Varlen
+from .batch import PackedBatch
+from .config import RuntimeConfig
+from .errors import InputError
+
+transformers_logging.disable_progress_bar()
+transformers_logging.set_verbosity_error()
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Device and precision of a model."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, runtime: RuntimeConfig) -> Placement:
+        """Resolve `auto`; raise InputError where the device does not exist."""
+        name = runtime.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            device = torch.empty(0, device=name).device
+        except (RuntimeError, AssertionError) as error:
+            raise InputError(f"RuntimeConfig.device = {runtime.device!r}: {str(error).splitlines()[0]}") from None
+        if runtime.dtype == "auto":
+            return cls(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
+        return cls(device, getattr(torch, runtime.dtype))
+
+
+CPU = Placement(torch.device("cpu"), torch.float32)
+
+
+class _Trunk(nn.Module):
+    """The part that policy and critic share: the transformer under the head."""
+
+    model: PreTrainedModel
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        # eval(): dropout anywhere would make old and new log-probs differ.
+        self.model = model.eval()
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def trunk(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
+        """Last hidden states `[T, H]` of packed tokens `[T]` at positions `[T]`."""
+        output = self.model.base_model(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, attention=attention
+        )
+        return output.last_hidden_state[0]
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Last hidden states `[T, H]` of a packed batch."""
+        return self.trunk(batch.tokens, batch.positions, Varlen(batch.lengths))
+
+
+class CausalModel(_Trunk):
+    """A causal language model: policy, reference, or the trunk that SFT trains."""
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """weight `[V, H]`, bias `[V]` or None, and softcap of the LM head: keyword arguments of the fused losses."""
+        head = self.model.get_output_embeddings()
+        return {
+            "weight": head.weight,
+            "bias": getattr(head, "bias", None),
+            "softcap": getattr(self.config, "final_logit_softcapping", None),
+        }
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits `[R, V]` of hidden states `[R, H]`: one row per running sequence, in sampling only."""
+        head = self.head
+        logits = F.linear(hidden, head["weight"], head["bias"]).float()
+        if head["softcap"] is not None:
+            logits = head["softcap"] * torch.tanh(logits / head["softcap"])
+        return logits
+
+    def logprobs(self, batch: PackedBatch, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Log-probs and entropies `[N]` float32 of the batch's learned tokens."""
+        rows = self.hidden(batch).index_select(0, batch.rows)
+        return linear_logprobs(rows, labels=batch.labels, temperature=temperature, **self.head)
+
+
+class ScalarModel(_Trunk):
+    """A trunk with a bias-free scalar head: critic or reward model (a one-label sequence classifier)."""
+
+    def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """float32 scalars of the hidden states `[T, H]` at `rows`."""
+        return F.linear(hidden.index_select(0, rows).float(), self.model.score.weight.float()).squeeze(-1)
+
+    def values(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """Values `[N]` of the states before each learned token, and `[S]` after each sequence's last token."""
+        hidden = self.hidden(batch)
+        return self.read(hidden, batch.rows), self.read(hidden, batch.last)
+
+    def scores(self, batch: PackedBatch) -> Tensor:
+        """`[S]` scalars at each sequence's last token."""
+        return self.read(self.hidden(batch), batch.last)
+
+
+Model = CausalModel | ScalarModel
+
+
+def load_policy(folder: str | Path, placement: Placement = CPU) -> CausalModel:
+    """A causal language model from a Hugging Face folder.
+
+    Raises:
+        InputError: no such folder, not a causal language model, or an architecture that packed batches do not fit.
+    """
+    _check_folder(folder)
+    if _is_classifier(folder):
+        raise InputError(f"{folder}: holds a sequence classifier, expected a causal language model")
+    policy = CausalModel(_load(AutoModelForCausalLM, folder, placement))
+    _check_packing(policy, folder)
+    return policy
+
+
+def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
+    """A one-label sequence classifier from a Hugging Face folder, as `ppomax rm` writes it.
+
+    Raises:
+        InputError: no such folder, no scalar head in it, or more than one label.
+    """
+    _check_folder(folder)
+    labels = _read_config(folder).num_labels
+    if not _is_classifier(folder) or labels != 1:
+        held = f"a classifier with {labels} labels" if _is_classifier(folder) else "no scalar head"
+        raise InputError(f"{folder}: holds {held}, expected a sequence classifier with one label (a reward model)")
+    return ScalarModel(_load(AutoModelForSequenceClassification, folder, placement, num_labels=1))
+
+
+def load_critic(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
+    """A critic: the reward model in `folder`, or the trunk of the causal language model there with a zero head."""
+    _check_folder(folder)
+    if _is_classifier(folder):
+        return load_reward_model(folder, placement)
+    return scalar_from_causal(load_policy(folder, placement), std=0.0)
+
+
+def scalar_from_causal(causal: CausalModel, std: float, generator: torch.Generator | None = None) -> ScalarModel:
+    """Put a scalar head with N(0, std) weights on the trunk of `causal`, which the two then share."""
+    config = type(causal.config).from_dict({**causal.config.to_dict(), "num_labels": 1})
+    with torch.device("meta"):
+        shell = AutoModelForSequenceClassification.from_config(config, attn_implementation=ATTENTION)
+    base = causal.model.base_model
+    setattr(shell, shell.base_model_prefix, base)
+    weight = next(base.parameters())
+    head = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+    with torch.no_grad():
+        head.weight.normal_(0, 1, generator=generator).mul_(std)
+    shell.score = head.to(device=weight.device, dtype=weight.dtype)
+    return ScalarModel(shell)
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model folder; InputError where there is none."""
+    _check_folder(folder)
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise InputError(f"{folder}: no tokenizer that transformers can load ({_first_line(error)})") from None
+
+
+def check_same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: str) -> None:
+    """Raise InputError unless both turn text into the same ids: rollouts are passed on as token ids."""
+    ours, theirs = policy.get_vocab(), other.get_vocab()
+    if ours == theirs and policy.eos_token_id == other.eos_token_id:
+        return
+    differing = len(ours.items() ^ theirs.items())
+    raise InputError(
+        f"{names} use different tokenizers ({len(ours)} and {len(theirs)} entries, {differing} differ, end tokens "
+        f"{policy.eos_token!r} and {other.eos_token!r}): token ids of one mean nothing to the other"
+    )
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: _Trunk, folder: str | Path) -> None:
+    """Raise InputError where the tokenizer has ids that the model has no embedding for."""
+    size = model.model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= size:
+        raise InputError(f"{folder}: the tokenizer has token id {largest}, but the model only ids below {size}")
+
+
+def _load(auto: Any, folder: str | Path, placement: Placement, **kwargs: Any) -> PreTrainedModel:
+    try:
+        model, info = auto.from_pretrained(
+            str(folder),
+            dtype=placement.dtype,
+            attn_implementation=ATTENTION,
+            local_files_only=True,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except Exception as error:
+        raise InputError(f"{folder}: not a model that transformers can load ({_first_line(error)})") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"{folder}: {len(missing)} weights are missing from the files, the first is {missing[0]}")
+    return model.to(placement.device)
+
+
+def _check_folder(folder: str | Path) -> None:
+    if not (Path(folder) / "config.json").is_file():
+        state = "holds no config.json" if Path(folder).is_dir() else "no such folder"
+        raise InputError(f"{folder}: {state}, expected a Hugging Face model folder")
+
+
+def _read_config(folder: str | Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:
+        raise InputError(f"{folder}/config.json: {_first_line(error)}") from None
+
+
+def _is_classifier(folder: str | Path) -> bool:
+    return any(name.endswith("ForSequenceClassification") for name in _read_config(folder).architectures or [])
+
+
+@torch.no_grad()
+def _check_packing(policy: CausalModel, folder: str | Path) -> None:
+    """Run two short sequences packed and apart: raise InputError unless the engine computes what the model does.
+
+    This catches what no configuration field tells for sure: layers that look across a sequence's start
+    (convolutions, linear attention), and logits that are scaled or capped in a way unknown here.
+    """
+    tokens = torch.arange(1, 6, device=policy.device) % policy.head["weight"].shape[0]
+    positions = torch.tensor([0, 1, 2, 0, 1], device=policy.device)
+    try:
+        packed = policy.trunk(tokens, positions, Varlen([3, 2]))
+        alone = policy.model(
+            input_ids=tokens[None, 3:], position_ids=positions[None, 3:], use_cache=False, attention=Varlen([2])
+        ).logits[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        raise InputError(f"{folder}: the architecture does not take packed attention ({_first_line(error)})") from error
+    tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
+    ours = policy.logits(packed[3:])
+    if not torch.allclose(ours, alone.float(), atol=tolerance, rtol=tolerance):
+        raise InputError(
+            f"{folder}: packed logits of {type(policy.model).__name__} differ from the model's own by up to "
+            f"{(ours - alone).abs().max():.2g}: an architecture that this engine does not support"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,145 @@
+"""Rewards: a reward model or a Python function, and the reparameterisation of their scores."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .batch import Prompt, Rollout, pack_rollouts, split_by_tokens
+from .config import RewardConfig
+from .errors import InputError
+from .models import Placement, ScalarModel, check_same_tokenizer, load_reward_model, load_tokenizer
+from .templates import Template
+
+RewardFunction = Callable[[list[list[dict[str, str]]], list[str]], Sequence[float]]
+"""(prompts as chat messages, response texts) -> one finite score a response."""
+
+Source = str | Path | RewardFunction
+"""Of rewards: a reward-model folder, `module:function`, or a function."""
+
+
+def load_function(name: str) -> RewardFunction:
+    """Import `module:function`; the current folder is searched too. InputError where that fails."""
+    module_name, _, function_name = name.partition(":")
+    if not module_name or not function_name:
+        raise InputError(f"reward function {name!r}: expected module:function")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"reward function {name!r}: {error}") from None
+    if not callable(function):
+        raise InputError(f"reward function {name!r}: expected a function, found {type(function).__name__}")
+    return function
+
+
+def call_reward(function: RewardFunction, prompts: list[list[dict[str, str]]], responses: list[str]) -> Tensor:
+    """The function's scores `[S]` float32; InputError unless they are S finite numbers."""
+    name = getattr(function, "__qualname__", repr(function))
+    scores = function(prompts, responses)
+    try:
+        values = [float(score) for score in scores]
+    except (TypeError, ValueError):
+        raise InputError(f"reward function {name}: expected {len(responses)} numbers, got {scores!r:.80}") from None
+    if len(values) != len(responses):
+        raise InputError(f"reward function {name}: expected {len(responses)} scores, got {len(values)}")
+    for index, value in enumerate(values):
+        if not math.isfinite(value):
+            raise InputError(f"reward function {name}: score {index} is {value}, expected a finite number")
+    return torch.tensor(values, dtype=torch.float32)
+
+
+class RunningMoments:
+    """Mean and standard deviation of everything seen so far, merged batch by batch (Chan, Golub, LeVeque 1979)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.m2 = 0, 0.0, 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Merge `[S]` values."""
+        values = values.double()
+        count = values.numel()
+        mean = float(values.mean())
+        m2 = float(((values - mean) ** 2).sum())
+        total = self.count + count
+        delta = mean - self.mean
+        self.m2 += m2 + delta * delta * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Unbiased; 1 while there is nothing to tell it from (fewer than two values, or all of them equal)."""
+        std = math.sqrt(self.m2 / (self.count - 1)) if self.count > 1 else 0.0
+        return std if std > 0 else 1.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def reparameterise(scores: Tensor, moments: RunningMoments, config: RewardConfig) -> Tensor:
+    """Merge the scores `[S]` into the history, then shift, scale and clip them by it (paper Fig. 5, star 5)."""
+    moments.update(scores)
+    if config.transform == "normalize":
+        scores = (scores - moments.mean) / moments.std
+    elif config.transform == "scale":
+        scores = scores / moments.std
+    return scores if config.clip is None else scores.clamp(-config.clip, config.clip)
+
+
+class Reward(Protocol):
+    """Scores one iteration's rollouts."""
+
+    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Tensor:
+        """`[S]` float32 on the CPU."""
+
+
+class ModelReward:
+    """The reward model's scalar at each response's last token."""
+
+    def __init__(self, model: ScalarModel, micro_batch_tokens: int) -> None:
+        self.model, self.micro_batch_tokens = model.requires_grad_(False), micro_batch_tokens
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Tensor:
+        groups = split_by_tokens([len(r.tokens) for r in rollouts], self.micro_batch_tokens)
+        batches = (pack_rollouts([rollouts[i] for i in group], self.model.device) for group in groups)
+        return torch.cat([self.model.scores(batch) for batch in batches]).cpu()
+
+
+class FunctionReward:
+    """A Python function over texts."""
+
+    def __init__(self, function: RewardFunction, template: Template) -> None:
+        self.function, self.template = function, template
+
+    def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Tensor:
+        texts = [self.template.decode(rollout.response) for rollout in rollouts]
+        return call_reward(self.function, [prompt.messages for prompt in prompts], texts)
+
+
+def is_function(source: Source) -> bool:
+    """True for a function or `module:function`, False for a folder."""
+    return callable(source) or (not Path(source).exists() and ":" in str(source))
+
+
+def make_reward(source: Source, template: Template, placement: Placement, micro_batch_tokens: int) -> Reward:
+    """The reward that `source` names. Raises InputError where a reward model's tokenizer is not the template's."""
+    if is_function(source):
+        function = source if callable(source) else load_function(str(source))
+        return FunctionReward(function, template)
+    folder = str(source)
+    model = load_reward_model(folder, placement)
+    check_same_tokenizer(template.tokenizer, load_tokenizer(folder), f"the policy and the reward model in {folder}")
+    return ModelReward(model, micro_batch_tokens)

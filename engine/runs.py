@@ -1,0 +1,126 @@
+"""The folder that a run owns.
+
+RUN/run.toml                    command, inputs and the resolved configuration
+RUN/metrics.jsonl, tensorboard/ what was measured
+RUN/checkpoints/step-000100/    models as Hugging Face folders beside state.pt; all that a run needs to go on
+RUN/config.json, ...            the finished model, so that RUN itself is a model folder
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from transformers import PreTrainedTokenizerBase
+
+from .checkpoint import atomic_file, save_checkpoint
+from .config import Config, from_dict, to_dict
+from .errors import InputError
+from .models import Model
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    import tomli as tomllib  # type: ignore[import-not-found, no-redef]
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A folder that one run owns."""
+
+    path: Path
+
+    @classmethod
+    def create(
+        cls, path: str | Path, command: str, inputs: Inputs, config: Any, *, overwrite: bool = False
+    ) -> RunFolder:
+        """Claim `path` for a new run and write its run.toml: command, inputs, resolved configuration.
+
+        Raises InputError where the folder already holds a run (unless `overwrite`) or anything else.
+        """
+        run = cls(Path(path))
+        if run.record_file.exists():
+            if not overwrite:
+                raise InputError(
+                    f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "
+                    "or choose another --out"
+                )
+            shutil.rmtree(run.path)
+        elif run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir())):
+            raise InputError(f"{path} is not empty and holds no run: choose another --out")
+        run.path.mkdir(parents=True, exist_ok=True)
+        record = {"command": command, "version": version(), "inputs": inputs, "config": to_dict(config)}
+        with atomic_file(run.record_file) as draft:
+            draft.write_text(tomli_w.dumps(record), encoding="utf-8")
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run; InputError where `path` holds none."""
+        run = cls(Path(path))
+        if not run.record_file.is_file():
+            raise InputError(f"{path}: holds no run (no run.toml), expected the --out folder of an earlier run")
+        return run
+
+    @property
+    def record_file(self) -> Path:
+        return self.path / "run.toml"
+
+    def inputs(self, command: str) -> Inputs:
+        """The inputs that the run was started with; InputError where another command started it."""
+        record = read_toml(self.record_file)
+        if record.get("command") != command:
+            raise InputError(f"{self.path}: a run of `ppomax {record.get('command')}`, expected `ppomax {command}`")
+        return record["inputs"]
+
+    def config(self, cls: type[Config]) -> Config:
+        """The configuration that the run was started with."""
+        return from_dict(cls, read_toml(self.record_file)["config"], str(self.record_file))
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Checkpoint folders, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-*"))
+
+    def latest_checkpoint(self) -> Path:
+        """The newest checkpoint; InputError where the run has written none."""
+        if not self.checkpoints:
+            raise InputError(f"{self.path}: holds no checkpoint yet, start it anew with --overwrite")
+        return self.checkpoints[-1]
+
+    def save_checkpoint(
+        self,
+        step: int,
+        models: Mapping[str, Model],
+        tokenizer: PreTrainedTokenizerBase,
+        state: dict[str, Any],
+        keep: int,
+    ) -> None:
+        """Write `checkpoints/step-NNNNNN` whole or not at all, then drop all but the newest `keep`."""
+        folder = self.path / "checkpoints" / f"step-{step:06d}"
+        save_checkpoint(folder, models, tokenizer, {**state, "step": step})
+        for old in self.checkpoints[:-keep]:
+            shutil.rmtree(old)
+
+
+def version() -> str:
+    """Of the installed package."""
+    return metadata.version("ppomax")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """Parse a TOML file; InputError naming file and line where that fails."""
+    try:
+        with open(path, "rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{path}: {error}") from None

@@ -1,0 +1,255 @@
+"""`PPOTrainer`: a PPO run from folders and files, iteration by iteration, saved and resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .batch import Prompt
+from .checkpoint import load_state, save_model
+from .config import PPOConfig
+from .data import OnBad, Paths, read_dialogues, read_prompts
+from .errors import InputError
+from .evaluate import answer_and_judge
+from .metrics import RunLog, StageProgress, pick
+from .models import Model, Placement, check_vocabulary, load_critic, load_policy, load_tokenizer
+from .ppo import PPO
+from .prompts import encode_prompts
+from .rewards import RewardFunction, Source, is_function, make_reward
+from .runs import Inputs, RunFolder
+from .templates import Encoded, Style, Template
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished iteration, or one rollout batch of critic pre-training."""
+
+    stage: Literal["critic", "ppo"]
+    number: int
+    """From 1"""
+    metrics: dict[str, float]
+
+
+# What stands beside the progress bar.
+SHOWN = {
+    "critic": ("critic/fresh_loss",),
+    "ppo": ("reward/score_mean", "reward/judge_mean", "kl/ref_per_response", "response/length_mean", "ppl/reference"),
+}
+
+
+class PPOTrainer:
+    """Iterate over it to train: each item is one finished iteration (those of critic pre-training come first).
+
+    Args:
+        config: `preset("ppo-max")` and the like.
+        policy: Hugging Face folder; also the frozen reference.
+        reward: a reward-model folder, `module:function`, or `fn(prompts, responses) -> scores` where a prompt is a
+            list of chat messages.
+        prompts: file or files to sample responses for.
+        critic: folder to start the critic from; default: the reward model, or the policy's trunk with a zero head
+            where the reward is a function.
+        ptx: files of dialogues for PPO-ptx; needed where `config.ptx_coef` > 0.
+        eval_prompts: files of held-out prompts, answered every `config.eval_every` iterations.
+        judge: a second reward that is measured beside the first and never optimised.
+        out: run folder; None keeps nothing on disk until `save`.
+
+    Raises:
+        InputError: unusable files, folders or values, before anything is written.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        policy: str | Path,
+        reward: Source,
+        prompts: Paths,
+        *,
+        critic: str | Path | None = None,
+        ptx: Paths | None = None,
+        eval_prompts: Paths | None = None,
+        judge: Source | None = None,
+        template: Style = "auto",
+        on_bad: OnBad = "raise",
+        out: str | Path | None = None,
+        overwrite: bool = False,
+    ) -> None:
+        inputs: Inputs = {
+            "policy": str(policy),
+            "reward": _name(reward),
+            "prompts": _as_list(prompts),
+            "critic": str(critic or ""),
+            "ptx": _as_list(ptx),
+            "eval_prompts": _as_list(eval_prompts),
+            "judge": _name(judge),
+            "template": template,
+            "on_bad": on_bad,
+        }
+        self._build(config, inputs, reward=reward, judge=judge)
+        self.run = RunFolder.create(out, "ppo", inputs, config, overwrite=overwrite) if out else None
+
+    @classmethod
+    def resume(
+        cls, folder: str | Path, *, reward: RewardFunction | None = None, judge: RewardFunction | None = None
+    ) -> PPOTrainer:
+        """Continue the run in `folder` from its newest checkpoint, bit for bit on a CPU.
+
+        `reward` and `judge` are needed where the run was given functions that have no `module:function` name.
+        """
+        run = RunFolder.open(folder)
+        inputs, config = run.inputs("ppo"), run.config(PPOConfig)
+        checkpoint = run.latest_checkpoint()
+        trainer = cls.__new__(cls)
+        trainer._build(
+            config, inputs, reward=reward or inputs["reward"], judge=judge or inputs["judge"], checkpoint=checkpoint
+        )
+        state = load_state(checkpoint)
+        trainer.ppo.load_state_dict(state["ppo"])
+        trainer.iteration, trainer.critic_ready = state["step"], True
+        trainer.run = run
+        return trainer
+
+    def _build(
+        self, config: PPOConfig, inputs: Inputs, *, reward: Source, judge: Source | None, checkpoint: Path | None = None
+    ) -> None:
+        self.config, self.inputs = config, inputs
+        self.iteration, self.critic_ready = 0, config.critic_pretrain_iterations == 0
+        placement = Placement.of(config.runtime)
+        self.tokenizer = load_tokenizer(inputs["policy"])
+        self.template = Template(self.tokenizer, inputs["template"])
+        self.eval_prompts = self._read_prompts(inputs["eval_prompts"])
+        policy = load_policy(checkpoint / "policy" if checkpoint else inputs["policy"], placement)
+        check_vocabulary(self.tokenizer, policy, inputs["policy"])
+        if config.eval_every and not self.eval_prompts:
+            raise InputError("PPOConfig.eval_every > 0 needs files of held-out prompts (eval_prompts)")
+        sources = {"score": reward, **({"judge": judge} if judge else {})}
+        self.judges = {
+            name: make_reward(source, self.template, placement, config.micro_batch_tokens)
+            for name, source in sources.items()
+        }
+        self.ppo = PPO(
+            config,
+            policy=policy,
+            reference=load_policy(inputs["policy"], placement),
+            critic=load_critic(checkpoint / "critic" if checkpoint else _critic_folder(inputs, reward), placement),
+            reward=self.judges["score"],
+            judge=self.judges.get("judge"),
+            prompts=self._read_prompts(inputs["prompts"]),
+            stop_tokens=self.template.eos_token_ids,
+            ptx=self._ptx_dialogues(),
+        )
+
+    def _read_prompts(self, files: Sequence[str]) -> list[Prompt]:
+        dialogues = read_prompts(files, self.inputs["on_bad"]) if files else []
+        return encode_prompts(self.template, dialogues, self.config.max_prompt)
+
+    def _ptx_dialogues(self) -> list[Encoded]:
+        if not self.config.ptx_coef:
+            return []
+        if not self.inputs["ptx"]:
+            raise InputError(
+                f"PPOConfig.ptx_coef = {self.config.ptx_coef:g} needs files of dialogues (ptx); 0 turns PPO-ptx off"
+            )
+        dialogues = read_dialogues(self.inputs["ptx"], self.inputs["on_bad"])
+        return [self.template.encode_dialogue(dialogue, self.config.max_sequence) for dialogue in dialogues]
+
+    def __iter__(self) -> Iterator[Step]:
+        """Run what is left of the run; logs and saves as it goes where there is a run folder."""
+        yield from self._recorded("critic", self._pretrain())
+        yield from self._recorded("ppo", self._iterate())
+
+    def train(self, name: str = "ppo", *, plain: bool = False) -> None:
+        """Run what is left under a progress display; the models end up in the run folder where there is one."""
+        config = self.config
+        stages = (
+            ("critic", self._pretrain(), f"{name} critic", 0, config.critic_pretrain_iterations, "batch"),
+            ("ppo", self._iterate(), name, self.iteration, config.iterations, "iteration"),
+        )
+        for stage, steps, title, done, total, unit in stages:
+            if stage == "critic" and self.critic_ready:
+                continue
+            with StageProgress(title, total, done=done, unit=unit, plain=plain) as progress:
+                for step in self._recorded(stage, steps):
+                    progress.update(step.number, **pick(step.metrics, SHOWN[stage]))
+        if self.run is not None:
+            self.save(self.run.path)
+
+    def _pretrain(self) -> Iterator[Step]:
+        if self.critic_ready:
+            return
+        for metrics in self.ppo.pretrain_critic():
+            yield Step("critic", self.ppo.batches, metrics)
+        self.critic_ready = True
+        self._save_checkpoint()
+
+    def _iterate(self) -> Iterator[Step]:
+        every, runtime = self.config.eval_every, self.config.runtime
+        while self.iteration < self.config.iterations:
+            metrics = self.ppo.iterate()
+            self.iteration += 1
+            last = self.iteration == self.config.iterations
+            if every and (last or self.iteration % every == 0):
+                metrics |= self.evaluate()
+            if last or self.iteration % runtime.save_every == 0:
+                self._save_checkpoint()
+            yield Step("ppo", self.iteration, metrics)
+
+    def _recorded(self, stage: str, steps: Iterator[Step]) -> Iterator[Step]:
+        """The steps, each written to the run's log before it is handed on."""
+        if self.run is None:
+            yield from steps
+            return
+        log = RunLog(self.run.path, stage, after=self.ppo.batches if stage == "critic" else self.iteration)
+        try:
+            for step in steps:
+                log.write(step.number, step.metrics)
+                yield step
+        finally:
+            log.close()
+
+    def evaluate(self) -> dict[str, float]:
+        """Metrics `eval/...` of one response to each held-out prompt, drawn with the same seeds each time."""
+        answers = answer_and_judge(
+            self.ppo.engine,
+            self.ppo.reference,
+            self.eval_prompts,
+            self.judges,
+            micro_batch_tokens=self.config.micro_batch_tokens,
+            seed=self.config.runtime.seed,
+        )
+        return {f"eval/{name}": value for name, value in answers.summary().items()}
+
+    def _save_checkpoint(self) -> None:
+        if self.run is None:
+            return
+        models: dict[str, Model] = {"policy": self.ppo.policy, "critic": self.ppo.critic}
+        state = {"ppo": self.ppo.state_dict()}
+        keep = self.config.runtime.keep_checkpoints
+        self.run.save_checkpoint(self.iteration, models, self.tokenizer, state, keep)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the policy as a Hugging Face folder, and the critic beside it in `folder/critic`."""
+        folder = Path(folder)
+        (folder / "critic").mkdir(parents=True, exist_ok=True)
+        save_model(self.ppo.critic, self.tokenizer, folder / "critic")
+        save_model(self.ppo.policy, self.tokenizer, folder)
+
+
+def _critic_folder(inputs: Inputs, reward: Source) -> str:
+    if inputs["critic"]:
+        return inputs["critic"]
+    return inputs["policy"] if is_function(reward) else inputs["reward"]
+
+
+def _as_list(files: Paths | None) -> list[str]:
+    if files is None:
+        return []
+    return [str(files)] if isinstance(files, (str, Path)) else [str(path) for path in files]
+
+
+def _name(source: Source | None) -> str:
+    """How run.toml records a source of rewards."""
+    if callable(source):
+        return f"{source.__module__}:{source.__qualname__}"
+    return str(source or "")

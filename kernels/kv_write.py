@@ -1,0 +1,55 @@
+"""Writes keys and values of new tokens into the block pool of a paged cache.
+
+    pool[slot // block_size, slot % block_size] = row          for each token with slot >= 0
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def write_kv_ref(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor) -> None:
+    """`write_kv`, one token at a time."""
+    block_size = k_pool.shape[1]
+    for token, slot in enumerate(slot_mapping.tolist()):
+        if slot >= 0:
+            k_pool[slot // block_size, slot % block_size] = k[token]
+            v_pool[slot // block_size, slot % block_size] = v[token]
+
+
+@torch.no_grad()
+def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor) -> None:
+    """Scatters `k` and `v` into the pools in place; a slot of -1 writes nothing.
+
+    Args:
+        k, v: [T, Hkv, D].
+        k_pool, v_pool: [num_blocks, block_size, Hkv, D], contiguous.
+        slot_mapping: [T] int32 or int64, `block * block_size + offset`, or -1. Slots that repeat leave any one of their rows.
+
+    Raises:
+        ValueError: shapes that do not fit, a pool that is not contiguous; on a CPU a slot outside the pool.
+    """
+    _check(k, v, k_pool, v_pool, slot_mapping)
+    slots, rows = slot_mapping.long(), None
+    written = slots >= 0
+    if slots.device.type != "cpu" or not bool(written.all()):
+        rows = written.nonzero().squeeze(1)
+        slots = slots[rows]
+    for x, pool in ((k, k_pool), (v, v_pool)):
+        flat = pool.view(-1, *pool.shape[2:])
+        flat.index_copy_(0, slots, (x if rows is None else x[rows]).to(pool.dtype))
+
+
+def _check(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor) -> None:
+    if k.shape != v.shape or k_pool.shape != v_pool.shape or k.shape[1:] != k_pool.shape[2:]:
+        shapes = ", ".join(str(tuple(t.shape)) for t in (k, v, k_pool, v_pool))
+        raise ValueError(f"need k, v [T, Hkv, D] and pools [blocks, block_size, Hkv, D], got {shapes}")
+    if slot_mapping.shape != k.shape[:1]:
+        raise ValueError(f"slot_mapping has shape {tuple(slot_mapping.shape)}, for {k.shape[0]} tokens")
+    if not (k_pool.is_contiguous() and v_pool.is_contiguous()):
+        raise ValueError("the pools must be contiguous")
+    if slot_mapping.device.type == "cpu" and slot_mapping.numel():
+        largest = int(slot_mapping.max())
+        if largest >= k_pool.shape[0] * k_pool.shape[1]:
+            raise ValueError(f"slot {largest} is outside a pool of {k_pool.shape[0]} x {k_pool.shape[1]} slots")

@@ -1,0 +1,164 @@
+"""Log-probs and entropies of labels from logits.
+
+    z = logits / T        logprob_i = z_iy - lse_i        entropy_i = lse_i - sum_v p_iv z_iv        lse_i = log sum_v exp(z_iv)
+
+    dL/dlogits_iv = (c_i [v = y_i] - p_iv (c_i + h_i (log p_iv + entropy_i))) / T      c = dL/dlogprob, h = dL/dentropy
+
+Rows are taken a few at a time, so that no second array of the logits' size appears but the gradient itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linear_logprobs import LogProbs
+from .lm_head import kept_rows
+from .reductions import loss_dtype
+
+CHUNK_ELEMENTS = 1 << 20
+
+
+def logprobs_from_logits_ref(
+    logits: Tensor, labels: Tensor, *, temperature: float | Tensor = 1.0, mask: Tensor | None = None
+) -> LogProbs:
+    """`logprobs_from_logits` in float64 with everything in memory, through autograd."""
+    kept = labels != -100 if mask is None else mask.bool() & (labels != -100)
+    logp = torch.log_softmax(torch.where(kept[..., None], logits.double(), 0.0) / temperature, -1)
+    chosen = logp.gather(-1, torch.where(kept, labels, 0)[..., None]).squeeze(-1)
+    entropy = -(logp.exp() * logp.clamp(min=-1e300)).sum(-1)
+    return LogProbs(torch.where(kept, chosen, 0.0), torch.where(kept, entropy, 0.0))
+
+
+def _chunks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
+    elements = CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS << 8
+    step = max(1, elements // max(vocab, 1))
+    for start in range(0, n_rows, step):
+        yield slice(start, min(start + step, n_rows))
+
+
+def _scaled(logits: Tensor, rows: slice, kept: Tensor | None, temperature: float | Tensor) -> Tensor:
+    """A copy of the chunk's logits / T in fp32 or fp64, 0 in rows that do not count."""
+    z = logits[rows].to(loss_dtype(logits))
+    z = z.clone() if kept is None else torch.where(kept[rows, None], z, 0.0)
+    return z if not isinstance(temperature, Tensor) and temperature == 1.0 else z.div_(temperature)
+
+
+def _safe_labels(labels: Tensor, kept: Tensor | None, vocab: int) -> Tensor:
+    """Labels that can be gathered: 0 where a row does not count or, on a GPU, the label is outside the vocabulary."""
+    inside = (labels >= 0) & (labels < vocab)
+    return torch.where(inside if kept is None else inside & kept, labels, 0)
+
+
+def _forward(
+    logits: Tensor, labels: Tensor, kept: Tensor | None, temperature: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, lse), each [N]."""
+    n_rows, vocab = logits.shape
+    logprobs, entropy, lse = logits.new_zeros(3, n_rows, dtype=loss_dtype(logits)).unbind()
+    for rows in _chunks(n_rows, vocab, logits.device):
+        z = _scaled(logits, rows, kept, temperature)
+        top = z.amax(1, keepdim=True)
+        d = z.sub_(top)
+        target = d.gather(1, _safe_labels(labels[rows], None if kept is None else kept[rows], vocab)[:, None])
+        d.clamp_(min=-1e5)  # so that exp(-inf) * -inf is 0
+        e = d.exp()
+        s = e.sum(1)
+        log_s = s.log()
+        logprobs[rows] = target.squeeze(1) - log_s
+        entropy[rows] = log_s - torch.linalg.vecdot(e, d) / s
+        lse[rows] = top.squeeze(1) + log_s
+    if labels.device.type != "cpu":
+        logprobs.masked_fill_((labels < 0) | (labels >= vocab), torch.nan)
+    if kept is None:
+        return logprobs, entropy, lse
+    return torch.where(kept, logprobs, 0.0), torch.where(kept, entropy, 0.0), lse
+
+
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    kept: Tensor | None,
+    temperature: float | Tensor,
+    entropy: Tensor,
+    lse: Tensor,
+    c: Tensor,
+    h: Tensor | None,
+    out: Tensor,
+) -> None:
+    """dL/dlogits into `out`, which may be the logits themselves."""
+    for rows in _chunks(*logits.shape, logits.device):
+        logp = _scaled(logits, rows, kept, temperature).sub_(lse[rows, None]).clamp_(min=-1e5)
+        scale = -c[rows, None] if h is None else -(logp + entropy[rows, None]).mul_(h[rows, None]).add_(c[rows, None])
+        g = logp.exp_().mul_(scale)
+        safe = _safe_labels(labels[rows], None if kept is None else kept[rows], logits.shape[1])
+        g.scatter_add_(1, safe[:, None], c[rows, None])
+        if isinstance(temperature, Tensor) or temperature != 1.0:
+            g.div_(temperature)
+        out[rows] = g
+
+
+class _LogProbsFromLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        labels: Tensor,
+        kept: Tensor | None,
+        temperature: float | Tensor,
+        inplace_backward: bool,
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, lse = _forward(logits, labels, kept, temperature)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, labels, kept, entropy, lse)
+        ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, c: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
+        if not ctx.needs_input_grad[0] or (c is None and h is None):
+            return (None,) * 5
+        logits, labels, kept, entropy, lse = ctx.saved_tensors
+        c = torch.zeros_like(entropy) if c is None else c
+        if kept is not None:
+            c, h = torch.where(kept, c, 0.0), None if h is None else torch.where(kept, h, 0.0)
+        out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
+        _backward(logits.detach(), labels, kept, ctx.temperature, entropy, lse, c, h, out)
+        return out, None, None, None, None
+
+
+def logprobs_from_logits(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    mask: Tensor | None = None,
+    inplace_backward: bool = False,
+) -> LogProbs:
+    """Log-prob of each label and entropy of its distribution; both differentiable in `logits`.
+
+    Args:
+        logits: [..., V], any float dtype; arithmetic in fp32 (fp64 where they are).
+        labels: [...] int64; rows labelled -100 are left out as if masked.
+        temperature: divides the logits, a float or a 0-dim tensor (no gradient flows to it).
+        mask: [...], True = keep. Other rows give 0, take no gradient, and may hold anything.
+        inplace_backward: write the gradient over the logits; nothing else may read them, and the backward runs once.
+
+    Returns:
+        LogProbs(logprobs [...], entropy [...]).
+
+    Raises:
+        ValueError: shapes that do not fit; on a CPU a label outside [0, V) other than -100.
+    """
+    if logits.shape[:-1] != labels.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}")
+    vocab = logits.shape[-1]
+    temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
+    flat_mask = None if mask is None else mask.reshape(-1)
+    flat_labels = labels.reshape(-1)
+    kept = kept_rows(flat_labels, flat_mask, flat_labels.numel(), vocab)
+    result = _LogProbsFromLogits.apply(logits.reshape(-1, vocab), flat_labels, kept, temperature, inplace_backward)
+    return LogProbs(*(x.view(labels.shape) for x in result))

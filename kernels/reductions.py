@@ -1,0 +1,95 @@
+"""Weights that turn per-token terms into one loss.
+
+Every loss here is `sum_i w_i * term_i` with weights known before any term is:
+
+    token-sum           w_i = 1 / normalizer                    normalizer defaults to 1
+    token-mean          w_i = 1 / normalizer                    ... to the number of unmasked tokens
+    seq-mean-token-sum  w_i = 1 / normalizer                    ... to the number of sequences with an unmasked token
+    seq-mean-token-mean w_i = 1 / (tokens of i's sequence * normalizer)                               ... likewise
+
+A masked token has w_i = 0. Given the same `normalizer`, the losses of micro-batches or ranks add up to the loss of the
+whole batch (for the seq-* forms each sequence must lie in one of them).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Reduction = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
+
+
+def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """float64 where any tensor is, else float32: the dtype of all per-token results."""
+    return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
+def keep(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype` with 0 at masked positions, whatever garbage (NaN, inf) is stored there."""
+    x = x if x.dtype == dtype else x.to(dtype)
+    return x if mask is None else torch.where(mask, x, 0.0)
+
+
+def check_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
+    """The mask as bool; raises where its shape is not `shape`."""
+    if mask is None:
+        return None
+    if mask.shape != shape:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected {tuple(shape)}")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def sequence_ids(cu_seqlens: Tensor, total: int) -> Tensor:
+    """[N] int64: the sequence of each packed token."""
+    lengths = cu_seqlens.diff().long()
+    ids = torch.arange(lengths.numel(), device=cu_seqlens.device)
+    return torch.repeat_interleave(ids, lengths, output_size=total)
+
+
+def sequence_counts(mask: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Unmasked tokens per sequence, as ([S], the same broadcastable to the mask's shape)."""
+    if cu_seqlens is not None:
+        ids = sequence_ids(cu_seqlens, mask.numel())
+        per_sequence = torch.zeros(cu_seqlens.numel() - 1, dtype=dtype, device=mask.device)
+        per_sequence.index_add_(0, ids, mask.to(dtype))
+        return per_sequence, per_sequence[ids]
+    if mask.dim() < 2:
+        raise ValueError("seq-* reductions need [B, T] inputs, or packed [N] inputs with cu_seqlens")
+    per_row = mask.sum(-1, keepdim=True).to(dtype)
+    return per_row.flatten(), per_row
+
+
+def token_weights(
+    mask: Tensor | None,
+    like: Tensor,
+    *,
+    reduction: Reduction,
+    normalizer: float | Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> Tensor:
+    """The weights w_i of the module's docstring, in the shape and dtype of `like`."""
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"unknown reduction {reduction!r}, expected one of {', '.join(get_args(Reduction))}")
+    if reduction.startswith("token"):
+        return _per_token_weights(mask, like, reduction, normalizer)
+    present = torch.ones_like(like, dtype=torch.bool) if mask is None else mask
+    per_sequence, tokens = sequence_counts(present, cu_seqlens, like.dtype)
+    total = (per_sequence > 0).sum().clamp(min=1) if normalizer is None else normalizer
+    weights = present.to(like.dtype) / total
+    return weights / tokens.clamp(min=1) if reduction == "seq-mean-token-mean" else weights
+
+
+def _per_token_weights(
+    mask: Tensor | None, like: Tensor, reduction: str, normalizer: float | Tensor | None
+) -> Tensor:
+    present = torch.ones_like(like) if mask is None else mask.to(like.dtype)
+    if normalizer is not None:
+        return present / normalizer
+    return present if reduction == "token-sum" else present / present.sum().clamp(min=1)
+
+
+def masked_average(x: Tensor, mask: Tensor | None, count: Tensor) -> Tensor:
+    """Mean of `x` (0 at masked positions already) over `count` tokens; 0 where there are none."""
+    return x.sum(dtype=torch.float32 if x.dtype != torch.float64 else None) / count.clamp(min=1)
