@@ -83,8 +83,14 @@ def pack(tokens: Sequence[list[int]], masks: Sequence[Sequence[bool]], device: t
         tokens: S lists of token ids, none empty.
         masks: S lists as long, True on learned tokens. A sequence's first token cannot be learned: nothing
             predicts it.
+
+    Raises:
+        ValueError: an empty sequence, a mask of another length, or a first token that is marked as learned.
     """
     lengths = tuple(map(len, tokens))
+    mask_lengths = tuple(map(len, masks))
+    if 0 in lengths or lengths != mask_lengths:
+        raise ValueError(f"sequences have lengths {lengths} and masks {mask_lengths}, expected equal, above 0")
     flat = np.fromiter((token for sequence in tokens for token in sequence), np.int64, sum(lengths))
     mask = np.fromiter((flag for sequence in masks for flag in sequence), bool, sum(lengths))
     ends = np.cumsum(lengths, dtype=np.int64)

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
-from .errors import InputError, StorageError
+from .errors import InputError, StorageError, first_line
 from .models import Model, ScalarModel
 
 # Whatever writes a file may run into a full disk, each in its own words.
@@ -33,14 +33,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
         draft.mkdir(parents=True)
         yield draft
         _flush_to_disk(draft)
-        if folder.exists():
-            folder.rename(old)
-        draft.rename(folder)
+        _swap(folder, draft, old)
     except _WRITE_ERRORS as error:
         raise _storage_error(folder, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _swap(folder: Path, draft: Path, old: Path) -> None:
+    if folder.exists():
+        folder.rename(old)
+    try:
+        draft.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
 
 
 @contextmanager
@@ -59,10 +68,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def _storage_error(path: Path, error: BaseException) -> StorageError:
-    if isinstance(error, StorageError):
-        return error
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return StorageError(f"{path}: could not be written ({reason}); nothing of it was kept, what stood there still does")
+    reason = error.reason if isinstance(error, StorageError) else first_line(error)
+    return StorageError(path, reason)
 
 
 def save_model(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
@@ -100,9 +107,9 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """What `save_checkpoint` got as `state`; restores torch's random state."""
     try:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
+        torch.set_rng_state(state["torch_rng"])
     except Exception as error:
-        raise InputError(f"{checkpoint}/state.pt: not a readable checkpoint ({error})") from None
-    torch.set_rng_state(state["torch_rng"])
+        raise InputError(f"{checkpoint}/state.pt: not a readable checkpoint ({first_line(error)})") from None
     return state
 
 

@@ -6,9 +6,13 @@ one line on the standard error and exit code 2.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -230,7 +234,10 @@ class Report:
 
         for folder in self.runs:
             RunFolder.open(folder)
-        plot_curves({folder.name: folder for folder in self.runs}, self.out)
+        names = [folder.resolve().name for folder in self.runs]
+        if len(set(names)) < len(names):
+            names = [str(folder) for folder in self.runs]
+        plot_curves(dict(zip(names, self.runs, strict=True)), self.out)
         print(self.out)
 
 
@@ -249,6 +256,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         _dispatch(arguments)
     except InputError as error:
         sys.exit(_complain(str(error)))
+    except BrokenPipeError:  # the reader of the output (`head`, say) has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except OSError as error:
         name = f"{error.filename}: " if error.filename else ""
         sys.exit(_complain(f"{name}{error.strerror or error}"))
@@ -288,14 +298,50 @@ def _parse(command: str, rest: list[str]) -> Any:
     """The command's dataclass from its flags, over the defaults of --preset or of a --config file."""
     cls = COMMANDS[command]
     if command not in CONFIGS:
-        return tyro.cli(cls, args=rest, prog=f"ppomax {command}")
+        return _from_flags(command, rest)
     extra = "--config FILE: defaults from the [config] table of a run.toml."
     if command == "ppo":
         extra += f" --preset {{{','.join(PRESETS)}}}: defaults from a preset of 7B settings."
     config = _base_config(command, rest)
     fields = cls.__dataclass_fields__.values()
     default = cls(**{f.name: config if f.name == "config" else _default(f) for f in fields})
-    return tyro.cli(cls, args=rest, prog=f"ppomax {command}", default=default, description=f"{cls.__doc__}\n{extra}")
+    return _from_flags(command, rest, default=default, description=f"{cls.__doc__}\n{extra}")
+
+
+def _from_flags(command: str, rest: list[str], **options: Any) -> Any:
+    """The command's dataclass from its flags; InputError where tyro would draw a box on the standard error."""
+    box = io.StringIO()
+    wide = contextlib.nullcontext() if {"-h", "--help"} & set(rest) else _wide_terminal()
+    try:
+        with contextlib.redirect_stderr(box), wide:
+            return tyro.cli(COMMANDS[command], args=rest, prog=f"ppomax {command}", **options)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        raise InputError(f"{_unboxed(box.getvalue())} (see ppomax {command} --help)") from None
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    """Keep tyro from breaking lines."""
+    columns = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _unboxed(text: str) -> str:
+    """The message in a box of tyro's as one line, without the help that stands below it."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    rows = [line.strip("│").rstrip() for line in text.splitlines() if line.startswith("│")]
+    sections = re.split(r"^ ─+$", "\n".join(rows), flags=re.MULTILINE)
+    kept = [part.strip() for part in sections if not re.match(r"\s*(Argument|For full) helptext", part)]
+    messages = (re.sub(r"\n {9}.*", "", part) for part in kept)  # indented so far: the help of an option
+    return "; ".join(re.sub(r"\s+", " ", message) for message in messages).removeprefix("Error parsing ")
 
 
 def _default(field: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -14,17 +15,32 @@ Config = TypeVar("Config")
 
 
 def _require(config: object, name: str, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Raise unless field `name` is None (where its type allows that) or lies in [low, high]; `above`: > low."""
+    """Raise unless field `name` lies in [low, high] (`above`: > low), whole where its type is int.
+
+    None passes where the type has it.
+    """
     value = getattr(config, name)
-    if value is None:
+    hint = get_type_hints(type(config))[name]
+    if value is None and type(None) in get_args(hint):
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    whole = int in (hint, *get_args(hint))
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if number and (low < value if above else low <= value) and value <= high:
         return
-    upper = "" if high == math.inf else f" and <= {high:g}"
-    raise InputError(
-        f"{type(config).__name__}.{name} = {value!r}: expected a number {'>' if above else '>='} {low:g}{upper}"
-    )
+    kind, upper = "a whole number" if whole else "a number", "" if high == math.inf else f" and <= {high:g}"
+    raise _bad_value(config, name, f"{kind} {'>' if above else '>='} {low:g}{upper}")
+
+
+def _require_choice(config: object, name: str) -> None:
+    """Raise unless field `name` is one of the values that its type lists."""
+    hint = get_type_hints(type(config))[name]
+    choices = (False, True) if hint is bool else get_args(hint)
+    if getattr(config, name) not in choices:
+        raise _bad_value(config, name, f"one of {', '.join(map(repr, choices))}")
+
+
+def _bad_value(config: object, name: str, expected: str) -> InputError:
+    return InputError(f"{type(config).__name__}.{name} = {getattr(config, name)!r}: expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -38,6 +54,7 @@ class ScheduleConfig:
     """Lowest factor: where an inverse-sqrt warm-up starts, where a cosine ends."""
 
     def __post_init__(self) -> None:
+        _require_choice(self, "kind")
         _require(self, "warmup", 0)
         _require(self, "floor", 0, 1)
 
@@ -56,8 +73,10 @@ class OptimConfig:
         _require(self, "lr", 0)
         _require(self, "eps", 0, above=True)
         _require(self, "weight_decay", 0)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise InputError(f"OptimConfig.betas = {self.betas!r}: expected two numbers in [0, 1)")
+        betas: Any = self.betas
+        pair = isinstance(betas, (tuple, list)) and len(betas) == 2
+        if not pair or not all(isinstance(beta, (int, float)) and 0 <= beta < 1 for beta in betas):
+            raise _bad_value(self, "betas", "two numbers in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,9 @@ class RuntimeConfig:
     """Newest checkpoints that are kept."""
 
     def __post_init__(self) -> None:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
+            raise _bad_value(self, "device", "'auto', 'cpu', 'cuda' or 'cuda:N'")
+        _require_choice(self, "dtype")
         _require(self, "seed", 0, 2**31 - 1)
         _require(self, "save_every", 1)
         _require(self, "keep_checkpoints", 1)
@@ -109,12 +131,11 @@ class RolloutConfig:
         _require(self, "repetition_penalty", 0, above=True)
 
 
-def _require_prompt(config: object, max_sequence: int, rollout: RolloutConfig) -> None:
-    if max_sequence <= rollout.max_response:
-        raise InputError(
-            f"{type(config).__name__}.max_sequence = {max_sequence!r}: expected more than "
-            f"rollout.max_response = {rollout.max_response}, or no prompt fits"
-        )
+def _require_prompt(config: GenerateConfig | PPOConfig) -> None:
+    _require(config, "max_sequence", 2)
+    limit = config.rollout.max_response
+    if config.max_sequence <= limit:
+        raise _bad_value(config, "max_sequence", f"more than rollout.max_response = {limit}, or no prompt fits")
 
 
 @dataclass(frozen=True)
@@ -127,6 +148,7 @@ class RewardConfig:
     """Transformed scores are cut to [-clip, clip]; None: not cut."""
 
     def __post_init__(self) -> None:
+        _require_choice(self, "transform")
         _require(self, "clip", 0, above=True)
 
 
@@ -235,6 +257,9 @@ class PPOConfig:
     critic_pretrain_tolerance: float = 0.05
     """Critic pre-training ends early when the value loss falls by less than this share from batch to batch."""
 
+    held_out: float = 0.0
+    """Share of the prompts, split by context, that is kept for evaluation. The same share and seed leave out the
+    same contexts in every command."""
     eval_every: int = 0
     """Iterations between evaluations on held-out prompts; 0: none."""
 
@@ -255,17 +280,18 @@ class PPOConfig:
         for name in ("value_clip", "entropy_bound", "advantage_clip", "logprob_temperature", "grad_clip"):
             _require(self, name, 0, above=True)
         _require(self, "clip_eps", 0, 1, above=True)
+        _require(self, "held_out", 0, 0.5)
         _require(self, "dual_clip", 1, above=True)
         _require(self, "critic_pretrain_tolerance", 0, 1)
+        for name in ("bootstrap_truncated", "normalize_advantages", "ratio_base"):
+            _require_choice(self, name)
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        _require_prompt(self, self.max_sequence, self.rollout)
+        _require_prompt(self)
         if self.rollouts_per_iteration % self.minibatch_size:
-            raise InputError(
-                f"PPOConfig.minibatch_size = {self.minibatch_size}: expected a divisor of "
-                f"rollouts_per_iteration = {self.rollouts_per_iteration}"
-            )
+            divided = f"rollouts_per_iteration = {self.rollouts_per_iteration}"
+            raise _bad_value(self, "minibatch_size", f"a divisor of {divided}")
 
     @property
     def max_prompt(self) -> int:
@@ -288,7 +314,7 @@ class GenerateConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        _require_prompt(self, self.max_sequence, self.rollout)
+        _require_prompt(self)
 
     @property
     def max_prompt(self) -> int:
@@ -302,6 +328,8 @@ class EvalConfig(GenerateConfig):
 
     max_prompts: int = 512
     """The first so many prompts of the files."""
+    held_out: float = 0.0
+    """Only the contexts that training with this share and the same seed has left out; 0: all prompts."""
     micro_batch_tokens: int = 16384
     """Tokens per forward pass at most (one sequence always may)."""
     tie_margin: float = 0.1
@@ -312,6 +340,7 @@ class EvalConfig(GenerateConfig):
         for name in ("max_prompts", "micro_batch_tokens"):
             _require(self, name, 1)
         _require(self, "tie_margin", 0)
+        _require(self, "held_out", 0, 0.5)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -332,6 +361,8 @@ def from_dict(cls: type[Config], values: dict[str, Any], where: str = "config") 
 
     Raises InputError naming `where` and the field for an unknown field or a value of the wrong type.
     """
+    if not isinstance(values, dict):
+        raise InputError(f"{where} = {values!r}: expected a table")
     hints = get_type_hints(cls)
     kwargs = {}
     for name, value in values.items():
@@ -347,8 +378,6 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             return None
         hint = next(arg for arg in get_args(hint) if arg is not type(None))
     if dataclasses.is_dataclass(hint):
-        if not isinstance(value, dict):
-            raise InputError(f"{where} = {value!r}: expected a table")
         return from_dict(hint, value, where)  # type: ignore[arg-type]
     if get_origin(hint) is Literal:
         if value not in get_args(hint):

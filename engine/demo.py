@@ -96,7 +96,6 @@ class DemoConfig:
             "iterations": self.iterations,
             "rollouts_per_iteration": self.rollouts,
             "minibatch_size": self.rollouts // 4,
-            "max_sequence": MAX_SEQUENCE,
             "gae_lambda": 0.95,
             "eval_every": self.eval_every,
             "policy_optim.lr": 5e-4,
@@ -105,7 +104,7 @@ class DemoConfig:
         ppo_max = {"kl_coef": 0.2, "reward.clip": 0.8, "ptx_coef": 0.05, "ptx_batch_size": self.rollouts // 4,
                    "critic_pretrain_iterations": 4}  # fmt: skip
         config = preset(arm, **common, **(ppo_max if arm == "ppo-max" else {}))
-        return replace(config, rollout=ROLLOUT, runtime=self.runtime)
+        return replace(config, max_sequence=MAX_SEQUENCE, rollout=ROLLOUT, runtime=self.runtime)
 
     @property
     def evaluation(self) -> EvalConfig:

@@ -11,3 +11,14 @@ class InputError(ValueError):
 
 class StorageError(InputError, OSError):
     """A file could not be written (a full disk, say): what stood there before still does, nothing is half there."""
+
+    def __init__(self, path: object, reason: str) -> None:
+        super().__init__(
+            f"{path}: could not be written ({reason}); nothing of it was kept, what stood there still does"
+        )
+        self.reason = reason
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

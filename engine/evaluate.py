@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .batch import Prompt, Rollout, pack_rollouts, split_by_tokens
 from .config import EvalConfig
-from .data import OnBad, Paths, read_prompts
+from .data import OnBad, Paths, read_prompts, split_by_context
 from .measures import action_metrics
 from .models import CausalModel, Placement, check_same_tokenizer, load_policy, load_tokenizer
 from .prompts import encode_prompts
@@ -86,9 +86,8 @@ class Evaluation:
     def win_rate(self, judge: str) -> WinRate:
         difference = self.policy.scores[judge] - self.baseline.scores[judge]
         margin = self.tie_margin * float(self.baseline.scores[judge].std(correction=0))
-        win = float((difference > margin).float().mean())
-        lose = float((difference < -margin).float().mean())
-        return WinRate(win, 1 - win - lose, lose)
+        outcomes = (difference > margin, difference.abs() <= margin, difference < -margin)
+        return WinRate(*(float(outcome.double().mean()) for outcome in outcomes))
 
     def gain(self, judge: str) -> tuple[float, float]:
         """Mean difference of the scores, policy - baseline, and half of its 95 % interval over prompts."""
@@ -119,7 +118,10 @@ def evaluate(
     check_same_tokenizer(tokenizer, load_tokenizer(baseline), f"{policy} and {baseline}")
     format = Template(tokenizer, template)
     rewards = {name: make_reward(judge, format, placement, config.micro_batch_tokens) for name, judge in judges.items()}
-    items = encode_prompts(format, read_prompts(prompts, on_bad)[: config.max_prompts], config.max_prompt)
+    dialogues = read_prompts(prompts, on_bad)
+    if config.held_out:
+        _, dialogues = split_by_context(dialogues, config.held_out, config.runtime.seed)
+    items = encode_prompts(format, dialogues[: config.max_prompts], config.max_prompt)
     reference = load_policy(baseline, placement)
     answers = []
     for model in (load_policy(policy, placement), reference):

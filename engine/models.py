@@ -27,7 +27,7 @@ from ..kernels.api import linear_logprobs
 from .attention import ATTENTION, Attention, Varlen
 from .batch import PackedBatch
 from .config import RuntimeConfig
-from .errors import InputError
+from .errors import InputError, first_line
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -119,8 +119,9 @@ class ScalarModel(_Trunk):
     """A trunk with a bias-free scalar head: critic or reward model (a one-label sequence classifier)."""
 
     def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """float32 scalars of the hidden states `[T, H]` at `rows`."""
-        return F.linear(hidden.index_select(0, rows).float(), self.model.score.weight.float()).squeeze(-1)
+        """float32 (float64 where the model is) scalars of the hidden states `[T, H]` at `rows`."""
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        return F.linear(hidden.index_select(0, rows).to(dtype), self.model.score.weight.to(dtype)).squeeze(-1)
 
     def values(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """Values `[N]` of the states before each learned token, and `[S]` after each sequence's last token."""
@@ -153,14 +154,20 @@ def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarM
     """A one-label sequence classifier from a Hugging Face folder, as `ppomax rm` writes it.
 
     Raises:
-        InputError: no such folder, no scalar head in it, or more than one label.
+        InputError: no such folder, no scalar head in it, more than one label, or an architecture that packed batches
+            do not fit.
     """
     _check_folder(folder)
     labels = _read_config(folder).num_labels
     if not _is_classifier(folder) or labels != 1:
         held = f"a classifier with {labels} labels" if _is_classifier(folder) else "no scalar head"
         raise InputError(f"{folder}: holds {held}, expected a sequence classifier with one label (a reward model)")
-    return ScalarModel(_load(AutoModelForSequenceClassification, folder, placement, num_labels=1))
+    model = ScalarModel(_load(AutoModelForSequenceClassification, folder, placement, num_labels=1))
+    head = getattr(model.model, "score", None)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise InputError(f"{folder}: {type(model.model).__name__} has no bias-free linear head `score`, expected one")
+    _check_packing(model, folder)
+    return model
 
 
 def load_critic(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
@@ -192,7 +199,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
-        raise InputError(f"{folder}: no tokenizer that transformers can load ({_first_line(error)})") from None
+        raise InputError(f"{folder}: no tokenizer that transformers can load ({first_line(error)})") from None
 
 
 def check_same_tokenizer(policy: PreTrainedTokenizerBase, other: PreTrainedTokenizerBase, names: str) -> None:
@@ -226,7 +233,7 @@ def _load(auto: Any, folder: str | Path, placement: Placement, **kwargs: Any) ->
             **kwargs,
         )
     except Exception as error:
-        raise InputError(f"{folder}: not a model that transformers can load ({_first_line(error)})") from error
+        raise InputError(f"{folder}: not a model that transformers can load ({first_line(error)})") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"{folder}: {len(missing)} weights are missing from the files, the first is {missing[0]}")
@@ -243,7 +250,7 @@ def _read_config(folder: str | Path) -> Any:
     try:
         return AutoConfig.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:
-        raise InputError(f"{folder}/config.json: {_first_line(error)}") from None
+        raise InputError(f"{folder}/config.json: {first_line(error)}") from None
 
 
 def _is_classifier(folder: str | Path) -> bool:
@@ -251,29 +258,43 @@ def _is_classifier(folder: str | Path) -> bool:
 
 
 @torch.no_grad()
-def _check_packing(policy: CausalModel, folder: str | Path) -> None:
-    """Run two short sequences packed and apart: raise InputError unless the engine computes what the model does.
+def _check_packing(model: Model, folder: str | Path) -> None:
+    """Run a short sequence in two packs and alone: raise InputError unless the engine computes what the model does.
 
     This catches what no configuration field tells for sure: layers that look across a sequence's start
-    (convolutions, linear attention), and logits that are scaled or capped in a way unknown here.
+    (convolutions, linear attention), attention of a kind unknown here (sinks, biases), and logits that are scaled or
+    capped in a way unknown here.
     """
-    tokens = torch.arange(1, 6, device=policy.device) % policy.head["weight"].shape[0]
-    positions = torch.tensor([0, 1, 2, 0, 1], device=policy.device)
+    tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 4, 5]], device=model.device)
+    tokens %= model.model.get_input_embeddings().weight.shape[0]
+    positions = torch.tensor([0, 1, 2, 0, 1], device=model.device)
     try:
-        packed = policy.trunk(tokens, positions, Varlen([3, 2]))
-        alone = policy.model(
-            input_ids=tokens[None, 3:], position_ids=positions[None, 3:], use_cache=False, attention=Varlen([2])
-        ).logits[0]
+        one, other = (model.trunk(pack, positions, Varlen([3, 2]))[3:] for pack in tokens)
+        ours = model.logits(one) if isinstance(model, CausalModel) else one
+        theirs = _output_alone(model, tokens[0, 3:])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        raise InputError(f"{folder}: the architecture does not take packed attention ({_first_line(error)})") from error
-    tolerance = 1e-3 if packed.dtype == torch.float32 else 5e-2
-    ours = policy.logits(packed[3:])
-    if not torch.allclose(ours, alone.float(), atol=tolerance, rtol=tolerance):
+        raise InputError(f"{folder}: the architecture does not take packed attention ({first_line(error)})") from error
+    fp32, name = one.dtype == torch.float32, type(model.model).__name__
+    if _difference(one, other) > (1e-5 if fp32 else 1e-2):
+        raise InputError(f"{folder}: in {name} packed sequences see each other, which this engine does not support")
+    if (gap := _difference(ours, theirs)) > (1e-3 if fp32 else 5e-2):
         raise InputError(
-            f"{folder}: packed logits of {type(policy.model).__name__} differ from the model's own by up to "
-            f"{(ours - alone).abs().max():.2g}: an architecture that this engine does not support"
+            f"{folder}: packed outputs of {name} differ from the model's own by {gap:.2g} of the largest: an "
+            "architecture that this engine does not support"
         )
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _output_alone(model: Model, tokens: Tensor) -> Tensor:
+    """What transformers computes for one sequence with its plain attention: logits, or hidden states under a score."""
+    causal = isinstance(model, CausalModel)
+    model.model.set_attn_implementation("eager")
+    try:
+        output = (model.model if causal else model.model.base_model)(input_ids=tokens[None], use_cache=False)
+    finally:
+        model.model.set_attn_implementation(ATTENTION)
+    return (output.logits if causal else output.last_hidden_state)[0]
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, as a share of the largest value."""
+    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max())

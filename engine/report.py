@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .checkpoint import atomic_file
+from .errors import InputError
 from .evaluate import Answers, Evaluation
 from .metrics import read_metrics
 from .templates import Template
@@ -50,12 +51,15 @@ def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
     """Draw the PPO curves of run folders (name -> folder) into one PNG.
 
     Thin lines are the training batches; points are the held-out prompts, where the run measured them.
+    Raises InputError where no run has finished a PPO iteration.
     """
     records = {
         name: [record for record in read_metrics(folder / "metrics.jsonl") if record["stage"] == "ppo"]
         for name, folder in runs.items()
     }
     panels = [panel for panel in PANELS if any(panel.metric in record for run in records.values() for record in run)]
+    if not panels:
+        raise InputError(f"{', '.join(map(str, runs.values())) or 'report'}: expected runs of PPO, found no iteration")
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4 * columns, 3 * rows), squeeze=False, layout="constrained")

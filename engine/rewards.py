@@ -24,6 +24,8 @@ RewardFunction = Callable[[list[list[dict[str, str]]], list[str]], Sequence[floa
 Source = str | Path | RewardFunction
 """Of rewards: a reward-model folder, `module:function`, or a function."""
 
+_LARGEST = torch.finfo(torch.float32).max
+
 
 def load_function(name: str) -> RewardFunction:
     """Import `module:function`; the current folder is searched too. InputError where that fails."""
@@ -34,8 +36,8 @@ def load_function(name: str) -> RewardFunction:
         sys.path.insert(0, str(Path.cwd()))
     try:
         function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"reward function {name!r}: {error}") from None
+    except Exception as error:  # the module's own code runs here and may fail in any way
+        raise InputError(f"reward function {name!r}: {type(error).__name__}: {error}") from error
     if not callable(function):
         raise InputError(f"reward function {name!r}: expected a function, found {type(function).__name__}")
     return function
@@ -47,13 +49,13 @@ def call_reward(function: RewardFunction, prompts: list[list[dict[str, str]]], r
     scores = function(prompts, responses)
     try:
         values = [float(score) for score in scores]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"reward function {name}: expected {len(responses)} numbers, got {scores!r:.80}") from None
     if len(values) != len(responses):
         raise InputError(f"reward function {name}: expected {len(responses)} scores, got {len(values)}")
     for index, value in enumerate(values):
-        if not math.isfinite(value):
-            raise InputError(f"reward function {name}: score {index} is {value}, expected a finite number")
+        if not abs(value) <= _LARGEST:
+            raise InputError(f"reward function {name}: score {index} is {value}, expected a finite float32")
     return torch.tensor(values, dtype=torch.float32)
 
 

@@ -72,7 +72,7 @@ class RolloutEngine:
     @torch.no_grad()
     def stream(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
         """Yield (index of the prompt, rollout) as responses finish."""
-        self._check(prompts)
+        self._check(prompts, seeds)
         waiting = deque(map(_Request, range(len(prompts)), prompts, seeds))
         try:
             while waiting or self.requests:
@@ -83,7 +83,9 @@ class RolloutEngine:
         finally:
             self._release(list(self.requests))
 
-    def _check(self, prompts: Sequence[list[int]]) -> None:
+    def _check(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> None:
+        if len(seeds) != len(prompts):
+            raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts, expected one each")
         for index, prompt in enumerate(prompts):
             if not 0 < len(prompt) <= self.max_prompt:
                 raise InputError(f"prompt {index} has {len(prompt)} tokens, expected 1 to {self.max_prompt}")

@@ -47,6 +47,7 @@ class RunFolder:
         """
         run = cls(Path(path))
         if run.record_file.exists():
+            run._keep_inputs(inputs)
             if not overwrite:
                 raise InputError(
                     f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .batch import Prompt
 from .checkpoint import load_state, save_model
 from .config import PPOConfig
-from .data import OnBad, Paths, read_dialogues, read_prompts
+from .data import OnBad, Paths, read_dialogues, read_prompts, split_by_context
 from .errors import InputError
 from .evaluate import answer_and_judge
 from .metrics import RunLog, StageProgress, pick
@@ -118,11 +119,11 @@ class PPOTrainer:
         placement = Placement.of(config.runtime)
         self.tokenizer = load_tokenizer(inputs["policy"])
         self.template = Template(self.tokenizer, inputs["template"])
-        self.eval_prompts = self._read_prompts(inputs["eval_prompts"])
+        prompts, self.eval_prompts = self._read_prompts()
         policy = load_policy(checkpoint / "policy" if checkpoint else inputs["policy"], placement)
         check_vocabulary(self.tokenizer, policy, inputs["policy"])
         if config.eval_every and not self.eval_prompts:
-            raise InputError("PPOConfig.eval_every > 0 needs files of held-out prompts (eval_prompts)")
+            raise InputError("PPOConfig.eval_every > 0 needs held-out prompts: set held_out, or give files of them")
         sources = {"score": reward, **({"judge": judge} if judge else {})}
         self.judges = {
             name: make_reward(source, self.template, placement, config.micro_batch_tokens)
@@ -135,14 +136,21 @@ class PPOTrainer:
             critic=load_critic(checkpoint / "critic" if checkpoint else _critic_folder(inputs, reward), placement),
             reward=self.judges["score"],
             judge=self.judges.get("judge"),
-            prompts=self._read_prompts(inputs["prompts"]),
+            prompts=prompts,
             stop_tokens=self.template.eos_token_ids,
             ptx=self._ptx_dialogues(),
         )
 
-    def _read_prompts(self, files: Sequence[str]) -> list[Prompt]:
-        dialogues = read_prompts(files, self.inputs["on_bad"]) if files else []
-        return encode_prompts(self.template, dialogues, self.config.max_prompt)
+    def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
+        """Prompts to train on, and held-out ones: from files of their own, else a share of all by context."""
+        config, inputs = self.config, self.inputs
+        seen = read_prompts(inputs["prompts"], inputs["on_bad"])
+        if inputs["eval_prompts"]:
+            held_out = read_prompts(inputs["eval_prompts"], inputs["on_bad"])
+        else:
+            seen, held_out = split_by_context(seen, config.held_out, config.runtime.seed)
+        encode = partial(encode_prompts, self.template, limit=config.max_prompt)
+        return encode(seen), encode(held_out)
 
     def _ptx_dialogues(self) -> list[Encoded]:
         if not self.config.ptx_coef:

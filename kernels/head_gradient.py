@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .lm_head import Head, HeadChunk, HeadGrads, chunk_rows, row_chunks, rows_of
+from .lm_head import Head, HeadGrads, HeadPass, RowGradients, row_chunks, rows_of
 
-# rows, logprobs and entropy of those rows -> (dL/dlogprobs, dL/dentropy or None), masked rows not yet zeroed
-RowGradient = Callable[[slice | Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+# (rows, their logprobs, their entropy) -> gradients with respect to these
+RowGradient = Callable[[slice | Tensor, Tensor, Tensor], RowGradients]
 
 
 class HeadLoss(NamedTuple):
@@ -40,21 +40,20 @@ def sweep(
     uses_entropy: bool,
 ) -> HeadLoss:
     """One pass over the rows in chunks, gradients included where `grads` wants any."""
-    n_rows, vocab = labels.numel(), head.weight.shape[0]
-    out = hidden.new_zeros(2, n_rows, dtype=head.dtype)
+    out = hidden.new_zeros(2, labels.numel(), dtype=head.dtype)
     dx = torch.zeros_like(hidden) if grads.hidden else None
-    keeps = "nothing" if not grads.wanted else "logits" if uses_entropy or head.softcap is not None else "exp"
-    chunk = HeadChunk(head, chunk_rows(n_rows, vocab, hidden.device), keeps)
-    for rows, kept_chunk in row_chunks(labels, kept, vocab):
+    keeps = "nothing" if not grads.wanted else "logits" if uses_entropy or head.softcap is not None else "softmax"
+    head_pass = HeadPass(head, keeps)
+    for rows, kept_chunk in row_chunks(labels, kept, head, keeps):
         x = rows_of(hidden, rows, kept_chunk, head.dtype)
         y = rows_of(labels, rows, kept_chunk, labels.dtype)
-        stats = chunk.statistics(x, y)
+        stats = head_pass.statistics(x, y)
         values = torch.stack(stats[:2])
-        out[:, rows] = values if kept_chunk is None else torch.where(kept_chunk, values, 0.0)
+        values = values if kept_chunk is None else torch.where(kept_chunk, values, 0.0)
+        out[:, rows] = values
         if grads.wanted:
-            c, h = gradient(rows, stats.logprobs, stats.entropy)
-            c = c if kept_chunk is None else torch.where(kept_chunk, c, 0.0)
-            dx_rows = chunk.backward(x, y, stats, c, h, grads)
+            upstream = gradient(rows, *values)
+            dx_rows = head_pass.backward(x, y, stats, upstream, grads)
             if dx is not None and dx_rows is not None:
                 dx[rows] = dx_rows.to(dx.dtype)
     return HeadLoss(out[0], out[1], dx, grads.finish(), grads.bias)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .head_gradient import attach, make_grads, sweep
 from .linear_logprobs import linear_logprobs_ref
-from .lm_head import kept_rows, make_head
+from .lm_head import RowGradients, kept_rows, make_head
 from .reductions import keep
 
 
@@ -91,8 +91,8 @@ def linear_cross_entropy(
     kept = kept_rows(labels, mask, hidden.shape[0], weight.shape[0])
     grads = make_grads(hidden, head, weight_grad)
 
-    def gradient(rows: slice | Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
-        return -weights[rows], None
+    def gradient(rows: slice | Tensor, logprobs: Tensor, entropy: Tensor) -> RowGradients:
+        return RowGradients(-weights[rows], None)
 
     with torch.no_grad():
         result = sweep(hidden, labels, head, kept, gradient, grads, uses_entropy=False)

@@ -13,23 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .lm_head import (
-    Head,
-    HeadChunk,
-    HeadGrads,
-    RowStatistics,
-    chunk_rows,
-    finish_gradient,
-    kept_rows,
-    logits_gradient,
-    make_head,
-    row_chunks,
-    rows_of,
-    tile_logits,
-)
-
-BACKWARD_ROWS = 2048  # rows times columns of recomputed logits held at once on a CPU
-BACKWARD_COLUMNS = 1024
+from .lm_head import Head, HeadGrads, HeadPass, RowGradients, RowStatistics, kept_rows, make_head, row_chunks, rows_of
 
 
 class LogProbs(NamedTuple):
@@ -60,19 +44,17 @@ def linear_logprobs_ref(
     return LogProbs(torch.where(kept, chosen, 0.0), torch.where(kept, entropy, 0.0))
 
 
-def head_forward(
-    hidden: Tensor, labels: Tensor, head: Head, kept: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, lse), each [N]; 0 in rows that do not count."""
-    n_rows, vocab = labels.numel(), head.weight.shape[0]
-    out = hidden.new_zeros(3, n_rows, dtype=head.dtype)
-    chunk = HeadChunk(head, chunk_rows(n_rows, vocab, hidden.device))
-    for rows, kept_chunk in row_chunks(labels, kept, vocab):
+def head_forward(hidden: Tensor, labels: Tensor, head: Head, kept: Tensor | None) -> RowStatistics:
+    """Statistics of all rows, 0 in rows that do not count."""
+    n_rows, n_tiles = labels.numel(), len(head.tiles)
+    out = hidden.new_zeros(3 + n_tiles, n_rows, dtype=head.dtype)
+    head_pass = HeadPass(head)
+    for rows, kept_chunk in row_chunks(labels, kept, head, "nothing"):
         x = rows_of(hidden, rows, kept_chunk, head.dtype)
-        stats = chunk.statistics(x, rows_of(labels, rows, kept_chunk, labels.dtype))
-        values = torch.stack(stats)
+        stats = head_pass.statistics(x, rows_of(labels, rows, kept_chunk, labels.dtype))
+        values = torch.cat([torch.stack(stats[:3]), stats.tile_lse])
         out[:, rows] = values if kept_chunk is None else torch.where(kept_chunk, values, 0.0)
-    return out[0], out[1], out[2]
+    return RowStatistics(out[0], out[1], out[2], out[3:])
 
 
 def head_backward(
@@ -81,45 +63,21 @@ def head_backward(
     head: Head,
     kept: Tensor | None,
     stats: RowStatistics,
-    c: Tensor,
-    h: Tensor | None,
+    upstream: RowGradients,
     grads: HeadGrads,
 ) -> Tensor | None:
     """Recomputes the logits; adds to `grads` and returns dL/dhidden [N, H] where that is wanted."""
-    dx = hidden.new_zeros(hidden.shape, dtype=head.dtype) if grads.hidden else None
-    index = None if kept is None else kept.nonzero().squeeze(1)
-    n_rows = labels.numel() if index is None else index.numel()
-    for start in range(0, n_rows, BACKWARD_ROWS):
-        rows: slice | Tensor = slice(start, start + BACKWARD_ROWS)
-        rows = rows if index is None else index[rows]
-        part = RowStatistics(*(s[rows] for s in stats))
-        x = hidden[rows].to(head.dtype)
-        dx_rows = torch.zeros_like(x) if dx is not None else None
-        _backward_rows(x, labels[rows], head, part, c[rows], None if h is None else h[rows], grads, dx_rows)
+    dx = torch.zeros_like(hidden) if grads.hidden else None
+    head_pass = HeadPass(head)
+    for rows, kept_chunk in row_chunks(labels, kept, head, "nothing"):
+        x = rows_of(hidden, rows, kept_chunk, head.dtype)
+        c, h = (None if g is None else rows_of(g, rows, kept_chunk, head.dtype) for g in upstream)
+        assert c is not None
+        y = rows_of(labels, rows, kept_chunk, labels.dtype)
+        dx_rows = head_pass.backward(x, y, stats.rows(rows), RowGradients(c, h), grads)
         if dx is not None and dx_rows is not None:
-            dx[rows] = dx_rows
+            dx[rows] = dx_rows.to(dx.dtype)
     return dx
-
-
-def _backward_rows(
-    x: Tensor,
-    labels: Tensor,
-    head: Head,
-    stats: RowStatistics,
-    c: Tensor,
-    h: Tensor | None,
-    grads: HeadGrads,
-    dx: Tensor | None,
-) -> None:
-    chunk = HeadChunk(head, x.shape[0], columns=min(BACKWARD_COLUMNS, head.weight.shape[0]))
-    for start, stop in chunk.tiles:
-        logp = tile_logits(x, head, start, stop, chunk.tile(x.shape[0], start, stop)).sub_(stats.lse[:, None])
-        if head.bias is not None:
-            logp.clamp_(min=-1e5)
-        g = logits_gradient(logp, stats, c, h, chunk.scratch_like(logp))
-        finish_gradient(g, logp, labels, stats, c, head, (start, stop))
-        grads.add(g, x, head, (start, stop), dx)
-    grads.started = True
 
 
 class _LinearLogProbs(torch.autograd.Function):
@@ -133,11 +91,11 @@ class _LinearLogProbs(torch.autograd.Function):
         head: Head,
         kept: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, lse = head_forward(hidden, labels, head, kept)
+        stats = head_forward(hidden, labels, head, kept)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(hidden, weight, bias, labels, kept, logprobs, entropy, lse)
+        ctx.save_for_backward(hidden, weight, bias, labels, kept, *stats)
         ctx.temperature, ctx.softcap, ctx.dtype = head.temperature, head.softcap, head.dtype
-        return logprobs, entropy
+        return stats.logprobs, stats.entropy
 
     @staticmethod
     def backward(ctx: Any, c: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -148,9 +106,8 @@ class _LinearLogProbs(torch.autograd.Function):
         want = ctx.needs_input_grad
         grads = HeadGrads(head, hidden=want[0], weight=want[1], bias=want[2])
         c = torch.zeros_like(stats[0]) if c is None else c
-        dx = head_backward(hidden, labels, head, kept, RowStatistics(*stats), c, h, grads)
+        dx = head_backward(hidden, labels, head, kept, RowStatistics(*stats), RowGradients(c, h), grads)
         dw = grads.finish()
-        dx = None if dx is None else dx.to(hidden.dtype)
         dw = None if dw is None else dw.to(weight.dtype)
         db = None if grads.bias is None else grads.bias.to(bias.dtype)
         return dx, dw, db, None, None, None

@@ -17,7 +17,7 @@ from torch import Tensor
 from .head_gradient import RowGradient, attach, make_grads, sweep
 from .kl import KLKind
 from .linear_logprobs import linear_logprobs_ref
-from .lm_head import kept_rows, make_head
+from .lm_head import RowGradients, kept_rows, make_head
 from .ppo_loss import (
     PolicyInputs,
     PolicyOptions,
@@ -64,13 +64,13 @@ def linear_ppo_loss_ref(
 def row_gradient(inputs: PolicyInputs, weights: Tensor, options: PolicyOptions) -> RowGradient:
     """dL/dlogprob and, under an entropy bonus, dL/dentropy of a chunk, by autograd over its rows."""
 
-    def gradient(rows: slice | Tensor, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+    def gradient(rows: slice | Tensor, logprobs: Tensor, entropy: Tensor) -> RowGradients:
         bonus = options.entropy_coef != 0.0
         leaves = [logprobs.detach().requires_grad_(), entropy.detach().requires_grad_(bonus)]
         with torch.enable_grad():
             terms, _ = policy_terms(leaves[0], leaves[1], inputs.rows(rows), options)
             grads = torch.autograd.grad(terms, leaves if bonus else leaves[:1], weights[rows])
-        return grads[0], grads[1] if bonus else None
+        return RowGradients(grads[0], grads[1] if bonus else None)
 
     return gradient
 

@@ -5,12 +5,13 @@ With `z = softcap * tanh((x W^T + b) / softcap) / T` (no tanh without a softcap)
     logprob_i = z_iy - lse_i          entropy_i = lse_i - sum_v p_iv z_iv          lse_i = log sum_v exp(z_iv)
     dL/dz_iv = c_i [v = y_i] - p_iv (c_i + h_i (log p_iv + entropy_i))     c = dL/dlogprob, h = dL/dentropy
 
-A chunk of rows passes over the vocabulary once, tile by tile, keeping per row a running maximum m, `s = sum exp(z - m)`,
-`sum (z - m) exp(z - m)` and the label's logit. The gradient passes over the same tiles again. Logits exist for one chunk
-of rows only: `CHUNK_BYTES` of them, or `MIN_ROWS` rows where a vocabulary is so large that fewer would fit.
+A chunk of rows passes over the vocabulary tile by tile. Each tile gives its own softmax, and per row its logsumexp, its
+mean logit and the label's logit; rows combine these at the end. The gradient passes over the tiles again, from what was
+kept of them or from recomputed logits. Kept logits exist for one chunk of rows only: `CHUNK_BYTES` of them, or `MIN_ROWS`
+rows where a vocabulary is so large that fewer would fit; beside them a few tiles of `TILE_ELEMENTS` each.
 
-Chunks start at multiples of the chunk's size among the rows that are kept, and every operation runs the forward through
-`HeadChunk.statistics`: the same hidden states, weight and labels give the same bits in each of them.
+On a CPU a row's results have the same bits whatever the other rows, in every operation: products as in `matmul.py`, all
+else row by row.
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .matmul import matmul_t, pad_rows
 from .reductions import check_mask, loss_dtype
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 24 << 20  # of fp32 logits on a CPU
+CHUNK_BYTES = 24 << 20  # of kept fp32 logits on a CPU
 MIN_ROWS = 128
 TILE_COLUMNS = 2048
+TILE_ELEMENTS = 1 << 19
 CUDA_CHUNK_BYTES = 2 << 30
 CUDA_MIN_ROWS = 1024
 
@@ -40,13 +43,39 @@ class Head(NamedTuple):
     softcap: float | None
     dtype: torch.dtype  # of the arithmetic: fp32, or fp64 where an input is
 
+    @property
+    def on_cpu(self) -> bool:
+        return self.weight.device.type == "cpu"
+
+    @property
+    def scaled(self) -> bool:
+        return isinstance(self.temperature, Tensor) or self.temperature != 1.0
+
+    @property
+    def tiles(self) -> list[tuple[int, int]]:
+        """(start, stop) of the tiles the vocabulary is taken in; a single one off the CPU."""
+        vocab = self.weight.shape[0]
+        columns = TILE_COLUMNS if self.on_cpu else max(vocab, 1)
+        return [(start, min(start + columns, vocab)) for start in range(0, vocab, columns)]
+
 
 class RowStatistics(NamedTuple):
-    """Per row of a chunk, all [r]."""
+    """Of the rows of a chunk: [r], the last [tiles, r]."""
 
     logprobs: Tensor
     entropy: Tensor
     lse: Tensor
+    tile_lse: Tensor
+
+    def rows(self, rows: slice | Tensor) -> RowStatistics:
+        return RowStatistics(*(s[..., rows] for s in self))
+
+
+class RowGradients(NamedTuple):
+    """dL/dlogprob [r] and dL/dentropy [r] (None where that is 0)."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
 
 
 def make_head(
@@ -72,33 +101,39 @@ def kept_rows(labels: Tensor, mask: Tensor | None, n_rows: int, vocab: int) -> T
     kept = labels != IGNORE_INDEX if kept is None else kept & (labels != IGNORE_INDEX)
     if labels.device.type != "cpu":
         return kept
-    if n_rows and not bool(kept.all()):
-        labels = labels[kept]
-    else:
+    if bool(kept.all()):
         kept = None
+    else:
+        labels = labels[kept]
     if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) >= vocab):
         bad = labels[(labels < 0) | (labels >= vocab)][0]
         raise ValueError(f"label {int(bad)} is outside the vocabulary of {vocab} (ignore_index is {IGNORE_INDEX})")
     return kept
 
 
-def chunk_rows(n_rows: int, vocab: int, device: torch.device) -> int:
-    """Rows whose logits are held at once."""
-    cuda = device.type != "cpu"
-    budget, least = (CUDA_CHUNK_BYTES, CUDA_MIN_ROWS) if cuda else (CHUNK_BYTES, MIN_ROWS)
-    return max(1, min(n_rows, max(least, budget // (4 * vocab))))
+def chunk_rows(n_rows: int, head: Head, keeps: str) -> int:
+    """Rows taken at once: as many as the chunks and tiles may hold, in chunks of even size."""
+    vocab = max(head.weight.shape[0], 1)
+    if not head.on_cpu:
+        most = max(CUDA_MIN_ROWS, CUDA_CHUNK_BYTES // (4 * vocab))
+    else:
+        most = max(MIN_ROWS, TILE_ELEMENTS // min(vocab, TILE_COLUMNS))
+        if keeps != "nothing":
+            most = min(most, max(MIN_ROWS, CHUNK_BYTES // (4 * vocab)))
+    n_chunks = max(1, -(-n_rows // most))
+    return max(1, -(-n_rows // n_chunks))
 
 
-def row_chunks(labels: Tensor, kept: Tensor | None, vocab: int) -> Iterator[tuple[slice | Tensor, Tensor | None]]:
+def row_chunks(
+    labels: Tensor, kept: Tensor | None, head: Head, keeps: str
+) -> Iterator[tuple[slice | Tensor, Tensor | None]]:
     """Yields (rows, mask of those rows). On a CPU rows that do not count are left out, elsewhere they are masked."""
     if kept is not None and labels.device.type == "cpu":
         index = kept.nonzero().squeeze(1)
-        for rows in index.split(chunk_rows(index.numel(), vocab, labels.device)):
-            if rows.numel():
-                yield rows, None
+        yield from ((rows, None) for rows in index.split(chunk_rows(index.numel(), head, keeps)) if rows.numel())
         return
     n_rows = labels.numel()
-    size = chunk_rows(n_rows, vocab, labels.device)
+    size = chunk_rows(n_rows, head, keeps)
     for start in range(0, n_rows, size):
         rows = slice(start, min(start + size, n_rows))
         yield rows, None if kept is None else kept[rows]
@@ -112,60 +147,78 @@ def rows_of(x: Tensor, rows: slice | Tensor, kept: Tensor | None, dtype: torch.d
     return torch.where(kept.view(-1, *[1] * (x.dim() - 1)), x, 0)
 
 
-class HeadChunk:
-    """Buffers for chunks of up to `max_rows` rows, and the passes over the vocabulary.
+class HeadPass:
+    """Passes of one chunk of rows after another over the vocabulary.
 
-    `keeps` says what stays in memory between the two passes: nothing, exp(z - m) (enough for dL/dlogprob without a
-    softcap), or z - m.
+    `keeps` says what stays in memory between a chunk's forward and its gradient: "nothing" (logits are recomputed),
+    "softmax" of each tile (enough for dL/dlogprob without a softcap), or "logits".
     """
 
-    def __init__(self, head: Head, max_rows: int, keeps: str = "nothing", columns: int | None = None) -> None:
-        vocab = head.weight.shape[0]
-        if columns is None:
-            columns = TILE_COLUMNS if head.weight.device.type == "cpu" else vocab
-        self.head, self.max_rows, self.keeps = head, max_rows, keeps
-        self.tiles = [(start, min(start + columns, vocab)) for start in range(0, vocab, columns)]
-        self.width = min(columns, vocab)
-        options = {"dtype": head.dtype, "device": head.weight.device}
-        self.buffer = torch.empty(max_rows * (vocab if keeps != "nothing" else self.width), **options)
-        self.scratch = torch.empty(max_rows * self.width, **options)
-        self.maxima: list[Tensor] = []
+    def __init__(self, head: Head, keeps: str = "nothing") -> None:
+        self.head, self.keeps = head, keeps
+        self.kept: list[Tensor] = []  # [r, columns] for each tile
+        self.buffers: dict[str, Tensor] = {}
 
-    def tile(self, n_rows: int, start: int, stop: int) -> Tensor:
-        """The part of the buffer for one tile, [r, stop - start], contiguous."""
-        offset = self.max_rows * start if self.keeps != "nothing" else 0
-        return self.buffer[offset : offset + n_rows * (stop - start)].view(n_rows, stop - start)
-
-    def scratch_like(self, z: Tensor) -> Tensor:
-        return self.scratch[: z.numel()].view(z.shape)
+    def buffer(self, name: str, z: Tensor) -> Tensor:
+        """Memory in the shape of `z`, the same for each use of a name."""
+        memory = self.buffers.get(name)
+        if memory is None or memory.numel() < z.numel():
+            memory = self.buffers[name] = torch.empty_like(z).flatten()
+        return memory[: z.numel()].view(z.shape)
 
     def statistics(self, x: Tensor, labels: Tensor) -> RowStatistics:
         """Log-prob of each label, entropy and logsumexp of the rows `x` [r, H]."""
-        stats = _OnlineStatistics(x)
-        self.maxima = []
-        for start, stop in self.tiles:
-            z = tile_logits(x, self.head, start, stop, self.tile(x.shape[0], start, stop))
-            stats.take_labels(z, labels, start, stop)
-            stats.add(z, self.scratch_like(z), exp_in_place=self.keeps != "logits", clamp=self.head.bias is not None)
-            self.maxima.append(stats.m)
-        return stats.finish()
+        n_rows, x, labels = x.shape[0], pad_rows(x), pad_rows(labels)
+        tiles = _TileStatistics(x)
+        self.kept = []
+        for tile in self.head.tiles:
+            z = tile_logits(x, self.head, tile)
+            p = torch.softmax(z, 1, out=self.buffer(f"p{tile}" if self.keeps == "softmax" else "p", z))
+            if self.keeps == "logits":
+                self.kept.append(self.buffer(f"z{tile}", z).copy_(z)[:n_rows])
+            elif self.keeps == "softmax":
+                self.kept.append(p[:n_rows])
+            tiles.add(z, p, labels, tile)
+        return tiles.combine().rows(slice(n_rows))
 
     def backward(
-        self, x: Tensor, labels: Tensor, stats: RowStatistics, c: Tensor, h: Tensor | None, grads: HeadGrads
+        self, x: Tensor, labels: Tensor, stats: RowStatistics, upstream: RowGradients, grads: HeadGrads
     ) -> Tensor | None:
         """Adds the chunk to the head's gradients; returns dL/dx [r, H] where `grads.hidden` is set."""
         dx = torch.zeros_like(x) if grads.hidden else None
-        for (start, stop), m in zip(self.tiles, self.maxima, strict=True):
-            z = self.tile(x.shape[0], start, stop)
-            if self.keeps == "exp":
-                g = z.mul_(-(c * torch.exp(m - stats.lse))[:, None])
-            else:
-                logp = z.add_((m - stats.lse)[:, None])
-                g = logits_gradient(logp, stats, c, h, self.scratch_like(z))
-            finish_gradient(g, z, labels, stats, c, self.head, (start, stop))
-            grads.add(g, x, self.head, (start, stop), dx)
+        for i, tile in enumerate(self.head.tiles):
+            z = self.kept[i] if self.keeps != "nothing" else tile_logits(x, self.head, tile)
+            g = self.logits_gradient(z, labels, stats, stats.tile_lse[i], upstream, tile)
+            grads.add(g, x, self.head, tile, dx)
         grads.started = True
         return dx
+
+    def logits_gradient(
+        self,
+        z: Tensor,
+        labels: Tensor,
+        stats: RowStatistics,
+        tile_lse: Tensor,
+        upstream: RowGradients,
+        tile: tuple[int, int],
+    ) -> Tensor:
+        """dL/d(x W^T + b) of one tile, over the memory of `z`: its logits, or its softmax where that was kept."""
+        c, h = upstream
+        share = torch.exp(tile_lse - stats.lse)  # of the tile in the row's probability
+        if h is None and self.head.softcap is None:
+            p = z if self.keeps == "softmax" else torch.softmax(z, 1, out=z)
+            g = add_to_labels(p.mul_(-(c * share)[:, None]), c, labels, tile)
+        else:
+            p = torch.softmax(z, 1, out=self.buffer("p", z)).mul_(share[:, None])
+            slope = softcap_slope(z, self.head, self.buffer("slope", z))
+            if h is None:
+                g = p.mul_(-c[:, None])
+            else:
+                logp = z.sub_(stats.lse[:, None]).clamp_(min=-1e5)  # -inf * 0 is 0 here
+                g = p.mul_(logp.add_(stats.entropy[:, None]).mul_(h[:, None]).add_(c[:, None])).neg_()
+            g = add_to_labels(g, c, labels, tile)
+            g = g if slope is None else g.mul_(slope)
+        return g.div_(self.head.temperature) if self.head.scaled else g
 
 
 class HeadGrads:
@@ -190,13 +243,10 @@ class HeadGrads:
         """dx += g W, dW += g^T x, db += sum g for one tile of the vocabulary."""
         start, stop = tile
         if dx is not None:
-            dx.addmm_(g, head.weight[start:stop].to(head.dtype))
+            dx.add_(matmul_t(g, head.weight[start:stop].to(head.dtype).t()))
         if self.weight is not None:
-            part = self.weight[start:stop]
-            if part.dtype == g.dtype:
-                torch.addmm(part, g.t(), x, beta=1.0 if self.started else 0.0, out=part)
-            else:
-                part.add_(g.t() @ x)
+            part, rows = matmul_t(g.t(), x.t()), self.weight[start:stop]
+            rows.add_(part) if self.started else rows.copy_(part)
         if self.bias is not None:
             self.bias[start:stop] += g.sum(0)
 
@@ -207,75 +257,68 @@ class HeadGrads:
         return self.weight
 
 
-class _OnlineStatistics:
-    """Running maximum m, sum of exp(z - m), sum of (z - m) exp(z - m), and the label's logit."""
+class _TileStatistics:
+    """Per row of each tile: maximum, log-sum of exp(z - maximum), mean of z - maximum under the tile's softmax; and the
+    label's logit."""
 
     def __init__(self, x: Tensor) -> None:
-        # not -inf: a tile of nothing but -inf must not make exp(-inf - -inf)
-        self.m = x.new_full(x.shape[:1], torch.finfo(x.dtype).min / 4)
-        self.s = x.new_zeros(x.shape[:1])
-        self.ze = x.new_zeros(x.shape[:1])
+        self.tops: list[Tensor] = []
+        self.logs: list[Tensor] = []
+        self.means: list[Tensor] = []
         self.target = x.new_full(x.shape[:1], torch.nan)
 
-    def take_labels(self, z: Tensor, labels: Tensor, start: int, stop: int) -> None:
-        column = labels - start
-        inside = (column >= 0) & (column < stop - start)
-        value = z.gather(1, column.clamp(0, stop - start - 1)[:, None]).squeeze(1)
+    def add(self, z: Tensor, p: Tensor, labels: Tensor, tile: tuple[int, int]) -> None:
+        """Overwrites z."""
+        column, inside = columns_of(labels, tile)
+        value = z.gather(1, column[:, None]).squeeze(1)
         self.target = torch.where(inside, value, self.target)
+        top = z.amax(1)
+        self.tops.append(top)
+        self.logs.append(-p.amax(1).log_())  # the largest p is 1 / sum of exp(z - top)
+        self.means.append(torch.linalg.vecdot(z.sub_(top[:, None]), p))
 
-    def add(self, z: Tensor, scratch: Tensor, *, exp_in_place: bool, clamp: bool) -> None:
-        """Leaves exp(z - m) in z (`exp_in_place`) or z - m in z, with m the maximum so far."""
-        m = torch.maximum(self.m, z.amax(1))
-        d, e = (scratch, z) if exp_in_place else (z, scratch)
-        torch.sub(z, m[:, None], out=d)
-        if clamp:  # -inf * exp(-inf) is 0 here
-            d.clamp_(min=-1e5)
-        torch.exp(d, out=e)
-        shift = self.m - m
-        decay = torch.exp(shift)
-        self.ze = (self.ze + shift * self.s) * decay + torch.linalg.vecdot(d, e)
-        self.s = self.s * decay + e.sum(1)
-        self.m = m
-
-    def finish(self) -> RowStatistics:
-        log_s = self.s.log()
-        lse = self.m + log_s
-        return RowStatistics((self.target - self.m) - log_s, log_s - self.ze / self.s, lse)
+    def combine(self) -> RowStatistics:
+        tops, logs, means = (torch.stack(s) for s in (self.tops, self.logs, self.means))  # [tiles, r]
+        top = tops.amax(0)
+        relative = (tops - top).add_(logs)
+        log_sum = relative[0] if len(relative) == 1 else relative.exp().sum(0).log()
+        # sum_v p (lse - z) over tiles of weight exp(relative - log_sum)
+        entropy = ((relative - log_sum).exp() * ((top - tops) + (log_sum - means))).sum(0)
+        return RowStatistics((self.target - top) - log_sum, entropy, top + log_sum, tops + logs)
 
 
-def tile_logits(x: Tensor, head: Head, start: int, stop: int, out: Tensor) -> Tensor:
-    """z of the module's docstring for one tile of the vocabulary, into `out`."""
-    torch.mm(x, head.weight[start:stop].to(head.dtype).t(), out=out)
-    if head.bias is not None:
-        out.add_(head.bias[start:stop])
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    if isinstance(head.temperature, Tensor) or head.temperature != 1.0:
-        out.div_(head.temperature)
-    return out
-
-
-def logits_gradient(logp: Tensor, stats: RowStatistics, c: Tensor, h: Tensor | None, out: Tensor) -> Tensor:
-    """-p (c + h (log p + entropy)) into `out`, which may not be `logp`."""
-    if h is None:
-        return torch.exp(logp, out=out).mul_(-c[:, None])
-    factor = logp.add(stats.entropy[:, None]).mul_(h[:, None]).add_(c[:, None])
-    return torch.exp(logp, out=out).mul_(factor).neg_()
-
-
-def finish_gradient(
-    g: Tensor, logp: Tensor, labels: Tensor, stats: RowStatistics, c: Tensor, head: Head, tile: tuple[int, int]
-) -> None:
-    """In place: the label's column, then the derivatives of temperature and softcap."""
+def columns_of(labels: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """(column of each label in a tile, clamped into it; whether it lies there)."""
     start, stop = tile
     column = labels - start
-    inside = (column >= 0) & (column < stop - start)
-    g.scatter_add_(1, column.clamp(0, stop - start - 1)[:, None], torch.where(inside, c, 0.0)[:, None])
+    return column.clamp(0, stop - start - 1), (column >= 0) & (column < stop - start)
+
+
+def tile_logits(x: Tensor, head: Head, tile: tuple[int, int]) -> Tensor:
+    """z of the module's docstring for one tile of the vocabulary, a new tensor [r, columns]."""
+    start, stop = tile
+    z = matmul_t(x, head.weight[start:stop].to(head.dtype))
+    if head.bias is not None:
+        z.add_(head.bias[start:stop])
     if head.softcap is not None:
-        capped = logp.add_(stats.lse[:, None]).mul_(head.temperature / head.softcap)
-        g.mul_(capped.square_().neg_().add_(1.0))
-    if isinstance(head.temperature, Tensor) or head.temperature != 1.0:
-        g.div_(head.temperature)
+        z.div_(head.softcap).tanh_().mul_(head.softcap)
+    if head.scaled:
+        z.div_(head.temperature)
+    # a tile of nothing but -inf must not make exp(-inf - -inf)
+    return z if head.bias is None else z.clamp_(min=-1e30)
+
+
+def add_to_labels(g: Tensor, c: Tensor, labels: Tensor, tile: tuple[int, int]) -> Tensor:
+    """Adds c to the label's column of each row whose label lies in the tile, in place."""
+    column, inside = columns_of(labels, tile)
+    return g.scatter_add_(1, column[:, None], torch.where(inside, c, 0.0)[:, None])
+
+
+def softcap_slope(z: Tensor, head: Head, out: Tensor) -> Tensor | None:
+    """d(softcap * tanh(a / softcap)) / da = 1 - tanh^2 from z, into `out`; None without a softcap."""
+    if head.softcap is None:
+        return None
+    return torch.mul(z, head.temperature / head.softcap, out=out).square_().neg_().add_(1.0)
 
 
 def check_weight_grad(weight_grad: Tensor, head: Head) -> None:

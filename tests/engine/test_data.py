@@ -342,17 +342,17 @@ def test_bad_records_are_skipped_and_counted_or_raise(
     good = {"chosen": hh("x", "y"), "rejected": hh("x", "z")}
     path = write(tmp_path / "a.json", json.dumps([good, record, good, record]))
     with pytest.raises(InputError) as caught:
-        reader(path, on_bad="raise")
+        reader(path)
     assert str(caught.value).startswith(f"{path}[1]: {expected}")
     with caplog.at_level(logging.WARNING):
-        assert [item.source for item in reader(path)] == [f"{path}[0]", f"{path}[2]"]
+        assert [item.source for item in reader(path, on_bad="skip")] == [f"{path}[0]", f"{path}[2]"]
     assert caplog.messages == [f"{path}: skipped 2 of 4 records; the first: {caught.value}"]
 
 
 def test_a_file_of_bad_records_alone_raises(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", jsonl({"prompt": "a"}))
     with pytest.raises(InputError, match=r"a\.jsonl:1: turns: .* no other record of the file is usable"):
-        read_dialogues(path)
+        read_dialogues(path, on_bad="skip")
 
 
 def test_dialogues_are_no_pairs(tmp_path: Path) -> None:
@@ -367,7 +367,8 @@ def test_dialogues_are_no_pairs(tmp_path: Path) -> None:
 @needs_hh
 def test_real_file_loads(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        pairs, dialogues, prompts = read_pairs(HH_FILE), read_dialogues(HH_FILE), read_prompts(HH_FILE)
+        pairs, dialogues = read_pairs(HH_FILE, on_bad="skip"), read_dialogues(HH_FILE, on_bad="skip")
+        prompts = read_prompts(HH_FILE, on_bad="skip")
     # Four chosen answers are empty; as prompts all 2,312 records serve.
     assert (len(pairs), len(dialogues), len(prompts)) == (2308, 2308, 2312)
     assert [text.split(";")[0].split(": ")[1] for text in caplog.messages] == ["skipped 4 of 2312 records"] * 2
@@ -377,12 +378,12 @@ def test_real_file_loads(caplog: pytest.LogCaptureFixture) -> None:
         assert [turn.role for turn in item.turns] == ["user", "assistant"] * (len(item.turns) // 2)
     assert Counter(Counter(item.turns for item in prompts).values()) == {1: 2308, 2: 2}
     with pytest.raises(InputError, match=":87: chosen: expected a final answer, found empty text"):
-        read_pairs(HH_FILE, on_bad="raise")
+        read_pairs(HH_FILE)
 
 
 @needs_hh
 def test_real_file_split_by_context() -> None:
-    pairs = read_pairs(HH_FILE)
+    pairs = read_pairs(HH_FILE, on_bad="skip")
     train, held = split_by_context(pairs, 0.1, seed=0)
     assert len(train) + len(held) == len(pairs)
     assert 0.08 < len(held) / len(pairs) < 0.12

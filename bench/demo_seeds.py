@@ -1,0 +1,127 @@
+"""The demonstration over several seeds: what comes out, with intervals, and one figure.
+
+    python bench/demo_seeds.py --seeds 0 1 2 3 4 --out bench/results/demo_seeds.json
+
+Each seed is a world, a tokenizer, an SFT model, a reward model and both arms of its own. The JSON holds every seed's
+figures beside machine, versions and date; the Markdown table printed at the end is made from it alone, and
+`--table FILE` prints it again. Intervals are 95 % over seeds (Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib.pyplot as plt
+from environment import environment
+
+from ppomax.engine.demo import DemoConfig, run_demo
+from ppomax.engine.evaluate import Answers, Evaluation
+from ppomax.engine.metrics import read_metrics
+
+ARMS = ("ppo-max", "vanilla")
+FIGURES = {
+    "learned reward": "learned reward_mean",
+    "gold": "gold_mean",
+    "KL to SFT, nats per response": "kl/ref_per_response",
+    "perplexity under itself": "ppl/policy",
+    "perplexity under SFT": "ppl/reference",
+    "response length, tokens": "response/length_mean",
+}
+CURVES = {"learned reward": "eval/score_mean", "gold": "eval/judge_mean", "KL, nats per response": "eval/kl/ref_per_response",
+          "length, tokens": "eval/response/length_mean"}  # fmt: skip
+STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 % point by number of seeds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=Path("bench/results/demo_seeds.json"))
+    parser.add_argument("--table", type=Path, help="print the table of an earlier result and stop")
+    arguments = parser.parse_args()
+    if arguments.table:
+        print(table(json.loads(arguments.table.read_text())["seeds"]))
+        return
+    seeds = {seed: measure(seed) for seed in arguments.seeds}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps({"environment": environment(), "seeds": seeds}, indent=1) + "\n")
+    draw(seeds, arguments.out.with_suffix(".png"))
+    print(table(json.loads(arguments.out.read_text())["seeds"]))
+
+
+def measure(seed: int) -> dict[str, Any]:
+    """One seed of the whole demonstration, both arms side by side."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        evaluations = run_demo(DemoConfig(seed=seed), ARMS, Path(folder))
+        curves = {arm: held_out_curves(Path(folder) / arm) for arm in ARMS}
+        rm = [r for r in read_metrics(Path(folder) / "rm" / "metrics.jsonl") if "rm/held_out_accuracy" in r][-1]
+    return {
+        "seconds": time.monotonic() - started,
+        "rm_held_out_accuracy": rm["rm/held_out_accuracy"],
+        "sft": figures(evaluations["ppo-max"].baseline),
+        **{arm: figures(evaluation.policy) | win_rates(evaluation) for arm, evaluation in evaluations.items()},
+        "curves": curves,
+    }
+
+
+def figures(answers: Answers) -> dict[str, float]:
+    summary = answers.summary()
+    return {label: summary[name] for label, name in FIGURES.items()}
+
+
+def win_rates(evaluation: Evaluation) -> dict[str, float]:
+    rates = {judge: evaluation.win_rate(judge) for judge in ("learned reward", "gold")}
+    return {f"{judge}, win - lose": rate.win - rate.lose for judge, rate in rates.items()}
+
+
+def held_out_curves(run: Path) -> dict[str, list[list[float]]]:
+    records = [record for record in read_metrics(run / "metrics.jsonl") if "eval/score_mean" in record]
+    return {label: [[record["step"], record[name]] for record in records] for label, name in CURVES.items()}
+
+
+def table(seeds: dict[str, Any]) -> str:
+    """Markdown: mean over seeds and half of the 95 % interval."""
+    rows = ["| held-out prompts | SFT | PPO-max | vanilla |", "|---|---|---|---|"]
+    for label in [*FIGURES, "learned reward, win - lose", "gold, win - lose"]:
+        cells = (cell([seed[side].get(label) for seed in seeds.values()]) for side in ("sft", *ARMS))
+        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def cell(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    if len(known) < 2:
+        return f"{known[0]:.2f}"
+    half = STUDENT_T[len(known)] * stdev(known) / math.sqrt(len(known))
+    return f"{mean(known):.2f} ± {half:.2f}"
+
+
+def draw(seeds: dict[int, Any], path: Path) -> None:
+    """Held-out curves: thin lines are seeds, thick ones their mean."""
+    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3), layout="constrained")
+    for ax, label in zip(axes, CURVES, strict=True):
+        for index, arm in enumerate(ARMS):
+            lines = [seed["curves"][arm][label] for seed in seeds.values()]
+            steps = [step for step, _ in lines[0]]
+            for line in lines:
+                ax.plot(steps, [value for _, value in line], color=f"C{index}", lw=0.6, alpha=0.6)
+            ax.plot(steps, [mean(values) for values in zip(*([v for _, v in line] for line in lines), strict=True)],
+                    color=f"C{index}", lw=2, label=arm)  # fmt: skip
+        ax.set_title(label, fontsize=10)
+        ax.set_xlabel("PPO iteration", fontsize=9)
+        ax.grid(alpha=0.3)
+    axes[0].legend(fontsize=9)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
