@@ -22,7 +22,7 @@ import matplotlib.pyplot as plt
 from environment import environment
 
 from ppomax.engine.demo import DemoConfig, run_demo
-from ppomax.engine.evaluate import Answers, Evaluation
+from ppomax.engine.evaluation import Answers, Evaluation
 from ppomax.engine.metrics import read_metrics
 
 ARMS = ("ppo-max", "vanilla")

@@ -180,7 +180,7 @@ class Eval:
     """Write the table and the samples to this Markdown file too."""
 
     def run(self) -> None:
-        from .evaluate import evaluate
+        from .evaluation import evaluate
         from .models import load_tokenizer
         from .report import show_evaluation
         from .templates import Template

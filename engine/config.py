@@ -189,10 +189,10 @@ class RewardModelConfig:
     """Ranking loss with an imitation term (paper section 3.1)."""
 
     max_steps: int = 1000
-    batch_size: int = 32
-    """Pairs per optimizer step at most (global)."""
-    batch_tokens: int | None = None
-    """Dynamic batches: as many pairs (4 to 128) as reach this number of tokens, instead of `batch_size`."""
+    batch_tokens: int = 16384
+    """Dynamic batches: as many pairs (4 to 128) per optimizer step as reach this number of tokens (global)."""
+    batch_size: int | None = None
+    """Pairs per optimizer step, where every step shall have the same number of them."""
     micro_batch_tokens: int = 16384
     max_sequence: int = 2048
     imitation_coef: float = 1.0

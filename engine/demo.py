@@ -28,7 +28,7 @@ from .config import (
     SFTConfig,
 )
 from .errors import InputError
-from .evaluate import Evaluation, evaluate
+from .evaluation import Evaluation, evaluate
 from .metrics import console
 from .models import load_tokenizer
 from .presets import preset
@@ -84,6 +84,7 @@ class DemoConfig:
     def reward_model(self) -> RewardModelConfig:
         return RewardModelConfig(
             max_steps=self.rm_steps,
+            batch_size=32,
             max_sequence=MAX_SEQUENCE,
             imitation_coef=0.1,
             optim=OptimConfig(lr=1e-3, schedule=ScheduleConfig("cosine", warmup=0.1, floor=0.1)),
@@ -101,7 +102,7 @@ class DemoConfig:
             "policy_optim.lr": 5e-4,
             "critic_optim.lr": 1e-3,
         }
-        ppo_max = {"kl_coef": 0.2, "reward.clip": 0.8, "ptx_coef": 0.05, "ptx_batch_size": self.rollouts // 4,
+        ppo_max = {"kl_coef": 0.1, "reward.clip": 0.8, "ptx_coef": 0.05, "ptx_batch_size": self.rollouts // 4,
                    "critic_pretrain_iterations": 4}  # fmt: skip
         config = preset(arm, **common, **(ppo_max if arm == "ppo-max" else {}))
         return replace(config, max_sequence=MAX_SEQUENCE, rollout=ROLLOUT, runtime=self.runtime)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.utils.tensorboard import SummaryWriter
 
 from .checkpoint import atomic_file
-from .errors import InputError
+from .errors import InputError, StorageError, first_line
 
 console = Console(stderr=True, highlight=False)
 
@@ -25,7 +26,7 @@ class RunLog:
     def __init__(self, folder: Path, stage: str, *, after: int) -> None:
         """`after`: the step that the stage continues from; later records of it, of work that was lost, are dropped."""
         self.stage = stage
-        path = folder / "metrics.jsonl"
+        self.path = path = folder / "metrics.jsonl"
         if path.exists():
             kept = [r for r in read_metrics(path) if r["stage"] != stage or r["step"] <= after]
             with atomic_file(path) as draft:
@@ -34,14 +35,22 @@ class RunLog:
         self.writer = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=after + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One record: the figures after `step` steps."""
-        self.file.write(json.dumps({"stage": self.stage, "step": step, **metrics}) + "\n")
-        for name, value in metrics.items():
-            self.writer.add_scalar(name, value, step)
+        """One record: the figures after `step` steps. Raises StorageError where the disk is full."""
+        with self._naming_the_file():
+            self.file.write(json.dumps({"stage": self.stage, "step": step, **metrics}) + "\n")
+            for name, value in metrics.items():
+                self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self.file.close()
-        self.writer.close()
+        with self._naming_the_file(), closing(self.writer), closing(self.file):
+            pass
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise StorageError(self.path, first_line(error)) from error
 
 
 def pick(metrics: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
@@ -54,12 +63,20 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise InputError(f"{path}:{number}: not a JSON record") from None
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise InputError(f"{path}:{number}: expected a JSON record with 'stage' and 'step'")
     return records
+
+
+def _parse(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and {"stage", "step"} <= record.keys() else None
 
 
 class StageProgress:

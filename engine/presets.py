@@ -125,5 +125,7 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
         table = nested
         for group in groups:
             table = table.setdefault(group, {})
+            if not isinstance(table, dict):
+                raise InputError(f"unknown field {dotted!r}: {group} is a value, no table")
         table[leaf] = value
     return nested

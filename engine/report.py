@@ -18,7 +18,7 @@ from rich.table import Table
 
 from .checkpoint import atomic_file
 from .errors import InputError
-from .evaluate import Answers, Evaluation
+from .evaluation import Answers, Evaluation
 from .metrics import read_metrics
 from .templates import Template
 
@@ -104,16 +104,21 @@ ROWS = (
 
 def evaluation_rows(baseline: str, evaluations: Mapping[str, Evaluation]) -> list[list[str]]:
     """The comparison as rows of cells, header first: the baseline, then each policy."""
-    any_evaluation = next(iter(evaluations.values()))
-    sides = {baseline: any_evaluation.baseline} | {name: e.policy for name, e in evaluations.items()}
-    rows = [["", *sides]]
-    for judge in any_evaluation.baseline.scores:
-        rows.append([f"{judge}, mean", *(f"{side.scores[judge].mean():.3f}" for side in sides.values())])
+    names, sides = _sides(baseline, evaluations)
+    rows = [["", *names]]
+    for judge in sides[0].scores:
+        rows.append([f"{judge}, mean", *(f"{side.scores[judge].mean():.3f}" for side in sides)])
         rows.append([f"{judge}, gain and 95 % interval", "", *(_gain(e, judge) for e in evaluations.values())])
         rows.append([f"{judge}, win / tie / lose", "", *(_win_rate(e, judge) for e in evaluations.values())])
-    summaries = [side.summary() for side in sides.values()]
+    summaries = [side.summary() for side in sides]
     rows += [[label, *(form.format(summary[name]) for summary in summaries)] for label, name, form in ROWS]
     return rows
+
+
+def _sides(baseline: str, evaluations: Mapping[str, Evaluation]) -> tuple[list[str], list[Answers]]:
+    """The columns of a table: the baseline, then each policy."""
+    any_evaluation = next(iter(evaluations.values()))
+    return [baseline, *evaluations], [any_evaluation.baseline, *(e.policy for e in evaluations.values())]
 
 
 def _gain(evaluation: Evaluation, judge: str) -> str:
@@ -144,11 +149,10 @@ def samples_rows(
     baseline: str, evaluations: Mapping[str, Evaluation], template: Template, count: int
 ) -> list[list[str]]:
     """The first `count` prompts with every side's answer and its scores, as rows of cells, header first."""
-    any_evaluation = next(iter(evaluations.values()))
-    sides = {baseline: any_evaluation.baseline} | {name: e.policy for name, e in evaluations.items()}
-    rows = [["prompt", *sides]]
-    for index, prompt in enumerate(any_evaluation.baseline.prompts[:count]):
-        answers = (_answer(side, index, template) for side in sides.values())
+    names, sides = _sides(baseline, evaluations)
+    rows = [["prompt", *names]]
+    for index, prompt in enumerate(sides[0].prompts[:count]):
+        answers = (_answer(side, index, template) for side in sides)
         rows.append([_cell(prompt.messages[-1]["content"]), *answers])
     return rows
 

@@ -165,7 +165,7 @@ class _RewardModel:
         return scores[:, 0] - scores[:, 1]
 
     def _next_pairs(self) -> list[EncodedPair]:
-        if self.config.batch_tokens is None:
+        if self.config.batch_size is not None:
             return [self.pairs[index] for index in self.stream.take(self.config.batch_size)]
         pairs: list[EncodedPair] = []
         tokens = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,8 +15,15 @@ from torch import Tensor
 
 from .batch import Prompt, Rollout, pack_rollouts, split_by_tokens
 from .config import RewardConfig
-from .errors import InputError
-from .models import Placement, ScalarModel, check_same_tokenizer, load_reward_model, load_tokenizer
+from .errors import InputError, first_line
+from .models import (
+    Placement,
+    ScalarModel,
+    check_same_tokenizer,
+    check_vocabulary,
+    load_reward_model,
+    load_tokenizer,
+)
 from .templates import Template
 
 RewardFunction = Callable[[list[list[dict[str, str]]], list[str]], Sequence[float]]
@@ -37,7 +45,7 @@ def load_function(name: str) -> RewardFunction:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # the module's own code runs here and may fail in any way
-        raise InputError(f"reward function {name!r}: {type(error).__name__}: {error}") from error
+        raise InputError(f"reward function {name!r}: {type(error).__name__}: {first_line(error)}") from error
     if not callable(function):
         raise InputError(f"reward function {name!r}: expected a function, found {type(function).__name__}")
     return function
@@ -46,11 +54,18 @@ def load_function(name: str) -> RewardFunction:
 def call_reward(function: RewardFunction, prompts: list[list[dict[str, str]]], responses: list[str]) -> Tensor:
     """The function's scores `[S]` float32; InputError unless they are S finite numbers."""
     name = getattr(function, "__qualname__", repr(function))
-    scores = function(prompts, responses)
+    try:
+        scores = function(prompts, responses)
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"reward function {name}: {type(error).__name__}: {first_line(error)} ({place.filename}:{place.lineno})"
+        ) from error
     try:
         values = [float(score) for score in scores]
     except (TypeError, ValueError, OverflowError):
-        raise InputError(f"reward function {name}: expected {len(responses)} numbers, got {scores!r:.80}") from None
+        found = " ".join(repr(scores).split())
+        raise InputError(f"reward function {name}: expected {len(responses)} numbers, got {found:.80}") from None
     if len(values) != len(responses):
         raise InputError(f"reward function {name}: expected {len(responses)} scores, got {len(values)}")
     for index, value in enumerate(values):
@@ -144,4 +159,5 @@ def make_reward(source: Source, template: Template, placement: Placement, micro_
     folder = str(source)
     model = load_reward_model(folder, placement)
     check_same_tokenizer(template.tokenizer, load_tokenizer(folder), f"the policy and the reward model in {folder}")
+    check_vocabulary(template.tokenizer, model, folder)
     return ModelReward(model, micro_batch_tokens)

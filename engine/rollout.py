@@ -78,12 +78,14 @@ class RolloutEngine:
             while waiting or self.requests:
                 if admitted := self._admit(waiting):
                     yield from self._advance(admitted, *self._prefill(admitted))
-                elif running := sorted(self.requests):
+                elif running := list(self.requests):  # in the order of the prompts, whichever rows they got
                     yield from self._advance(running, *self._decode(running))
         finally:
             self._release(list(self.requests))
 
     def _check(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> None:
+        if self.requests:
+            raise RuntimeError("this engine is generating already: finish or close that stream first")
         if len(seeds) != len(prompts):
             raise ValueError(f"{len(seeds)} seeds for {len(prompts)} prompts, expected one each")
         for index, prompt in enumerate(prompts):

@@ -47,12 +47,12 @@ class RunFolder:
         """
         run = cls(Path(path))
         if run.record_file.exists():
-            run._keep_inputs(inputs)
             if not overwrite:
                 raise InputError(
                     f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "
                     "or choose another --out"
                 )
+            run._check_deletable(inputs)
             shutil.rmtree(run.path)
         elif run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir())):
             raise InputError(f"{path} is not empty and holds no run: choose another --out")
@@ -61,6 +61,13 @@ class RunFolder:
         with atomic_file(run.record_file) as draft:
             draft.write_text(tomli_w.dumps(record), encoding="utf-8")
         return run
+
+    def _check_deletable(self, inputs: Inputs) -> None:
+        """Raise InputError where the new run needs a file or model that stands in this folder."""
+        for name, value in inputs.items():
+            for source in [value] if isinstance(value, str) else value:
+                if source and Path(source).resolve().is_relative_to(self.path.resolve()):
+                    raise InputError(f"{self.path}: --overwrite would delete {source}, the new run's own {name}")
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -76,14 +83,27 @@ class RunFolder:
 
     def inputs(self, command: str) -> Inputs:
         """The inputs that the run was started with; InputError where another command started it."""
-        record = read_toml(self.record_file)
-        if record.get("command") != command:
-            raise InputError(f"{self.path}: a run of `ppomax {record.get('command')}`, expected `ppomax {command}`")
+        record = self._record()
+        if record["command"] != command:
+            raise InputError(f"{self.path}: a run of `ppomax {record['command']}`, expected `ppomax {command}`")
         return record["inputs"]
 
     def config(self, cls: type[Config]) -> Config:
         """The configuration that the run was started with."""
-        return from_dict(cls, read_toml(self.record_file)["config"], str(self.record_file))
+        return from_dict(cls, self._record()["config"], str(self.record_file))
+
+    def _record(self) -> dict[str, Any]:
+        record = read_toml(self.record_file)
+        for name in ("command", "inputs", "config"):
+            if name not in record:
+                raise InputError(f"{self.record_file}: no {name!r} in it, expected the run.toml of a run")
+        return record
+
+    def remove_if_unused(self) -> None:
+        """Delete the folder where the run came to nothing: no record, no checkpoint."""
+        metrics = self.path / "metrics.jsonl"
+        if not self.checkpoints and not (metrics.exists() and metrics.stat().st_size):
+            shutil.rmtree(self.path)
 
     @property
     def checkpoints(self) -> list[Path]:

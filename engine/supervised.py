@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from .config import RuntimeConfig
-from .metrics import RunLog, StageProgress, pick
+from .metrics import RunLog, StageProgress, console, pick
 from .models import Model
 from .runs import RunFolder
 
@@ -39,8 +39,8 @@ class Trainee(Protocol):
         """All else that a run needs to go on."""
 
 
-def train(run: RunFolder, trainee: Trainee, runtime: RuntimeConfig, *, start: int = 0) -> dict[str, float]:
-    """Train from step `start` to the end; returns the last held-out metrics."""
+def train(run: RunFolder, trainee: Trainee, runtime: RuntimeConfig, *, start: int = 0) -> None:
+    """Train from step `start` to the end."""
     log = RunLog(run.path, trainee.name, after=start)
     held_out: dict[str, float] = {}
     shown: dict[str, float] = {}
@@ -61,4 +61,4 @@ def train(run: RunFolder, trainee: Trainee, runtime: RuntimeConfig, *, start: in
                     )
     finally:
         log.close()
-    return held_out
+    console.print(f"{trainee.name}: " + ", ".join(f"{name.split('/')[-1]} {v:.4g}" for name, v in held_out.items()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +14,18 @@ from .checkpoint import load_state, save_model
 from .config import PPOConfig
 from .data import OnBad, Paths, read_dialogues, read_prompts, split_by_context
 from .errors import InputError
-from .evaluate import answer_and_judge
+from .evaluation import answer_and_judge
 from .metrics import RunLog, StageProgress, pick
-from .models import Model, Placement, check_vocabulary, load_critic, load_policy, load_tokenizer
+from .models import (
+    Model,
+    Placement,
+    ScalarModel,
+    check_same_tokenizer,
+    check_vocabulary,
+    load_critic,
+    load_policy,
+    load_tokenizer,
+)
 from .ppo import PPO
 from .prompts import encode_prompts
 from .rewards import RewardFunction, Source, is_function, make_reward
@@ -129,11 +139,12 @@ class PPOTrainer:
             name: make_reward(source, self.template, placement, config.micro_batch_tokens)
             for name, source in sources.items()
         }
+        critic = checkpoint / "critic" if checkpoint else _critic_folder(inputs, reward)
         self.ppo = PPO(
             config,
             policy=policy,
             reference=load_policy(inputs["policy"], placement),
-            critic=load_critic(checkpoint / "critic" if checkpoint else _critic_folder(inputs, reward), placement),
+            critic=self._load_critic(critic, placement),
             reward=self.judges["score"],
             judge=self.judges.get("judge"),
             prompts=prompts,
@@ -152,6 +163,12 @@ class PPOTrainer:
         encode = partial(encode_prompts, self.template, limit=config.max_prompt)
         return encode(seen), encode(held_out)
 
+    def _load_critic(self, folder: str | Path, placement: Placement) -> ScalarModel:
+        critic = load_critic(folder, placement)
+        check_same_tokenizer(self.tokenizer, load_tokenizer(folder), f"the policy and the critic in {folder}")
+        check_vocabulary(self.tokenizer, critic, folder)
+        return critic
+
     def _ptx_dialogues(self) -> list[Encoded]:
         if not self.config.ptx_coef:
             return []
@@ -160,6 +177,7 @@ class PPOTrainer:
                 f"PPOConfig.ptx_coef = {self.config.ptx_coef:g} needs files of dialogues (ptx); 0 turns PPO-ptx off"
             )
         dialogues = read_dialogues(self.inputs["ptx"], self.inputs["on_bad"])
+        dialogues, _ = split_by_context(dialogues, self.config.held_out, self.config.runtime.seed)
         return [self.template.encode_dialogue(dialogue, self.config.max_sequence) for dialogue in dialogues]
 
     def __iter__(self) -> Iterator[Step]:
@@ -192,29 +210,31 @@ class PPOTrainer:
         self._save_checkpoint()
 
     def _iterate(self) -> Iterator[Step]:
-        every, runtime = self.config.eval_every, self.config.runtime
+        every = self.config.eval_every
         while self.iteration < self.config.iterations:
             metrics = self.ppo.iterate()
             self.iteration += 1
             last = self.iteration == self.config.iterations
             if every and (last or self.iteration % every == 0):
                 metrics |= self.evaluate()
-            if last or self.iteration % runtime.save_every == 0:
-                self._save_checkpoint()
             yield Step("ppo", self.iteration, metrics)
 
     def _recorded(self, stage: str, steps: Iterator[Step]) -> Iterator[Step]:
-        """The steps, each written to the run's log before it is handed on."""
+        """The steps, each logged and, where it is time, saved in the run folder before it is handed on."""
         if self.run is None:
             yield from steps
             return
-        log = RunLog(self.run.path, stage, after=self.ppo.batches if stage == "critic" else self.iteration)
+        done = self.ppo.batches if stage == "critic" else self.iteration
         try:
-            for step in steps:
-                log.write(step.number, step.metrics)
-                yield step
-        finally:
-            log.close()
+            with closing(RunLog(self.run.path, stage, after=done)) as log:
+                for step in steps:
+                    log.write(step.number, step.metrics)
+                    if stage == "ppo":
+                        self._save_when_due()
+                    yield step
+        except InputError:
+            self.run.remove_if_unused()
+            raise
 
     def evaluate(self) -> dict[str, float]:
         """Metrics `eval/...` of one response to each held-out prompt, drawn with the same seeds each time."""
@@ -227,6 +247,10 @@ class PPOTrainer:
             seed=self.config.runtime.seed,
         )
         return {f"eval/{name}": value for name, value in answers.summary().items()}
+
+    def _save_when_due(self) -> None:
+        if self.iteration == self.config.iterations or self.iteration % self.config.runtime.save_every == 0:
+            self._save_checkpoint()
 
     def _save_checkpoint(self) -> None:
         if self.run is None:

@@ -2,23 +2,25 @@
 
     delta_t = r_t + gamma V_{t+1} - V_t          A_t = delta_t + gamma lambda A_{t+1}          R_t = A_t + V_t
 
-`t + 1` is the next unmasked token: masked tokens are transparent. After the last one V is the sequence's bootstrap value
-(0 without one) and A is 0. Source: arXiv 1506.02438, equations 11-16; rewards of language models as in arXiv 2307.04964,
-`r_t = -kl_coef kl_t`, plus the sequence's score at its last unmasked token.
+`t + 1` is the next unmasked token: masked tokens are transparent. After the last one V is the sequence's
+bootstrap value (0 without one) and A is 0. Source: arXiv 1506.02438, equations 11-16; rewards of language
+models as in arXiv 2307.04964, `r_t = -kl_coef kl_t`, plus the sequence's score at its last unmasked token.
 
-Unmasked tokens are gathered, so the recurrence has one constant decay. It is solved in blocks: each block by one product
-with the triangular matrix `decay^(j - i)`, the carries between blocks by the same method on the blocks' first elements.
-No power is ever divided by, so gamma = lambda = 1 is as stable as any.
+Unmasked tokens are gathered, so the recurrence has one constant decay. It is solved in blocks: each block by
+one product with the triangular matrix `decay^(j - i)`, the carries between blocks by the same method on the
+blocks' first elements. No power is ever divided by, so gamma = lambda = 1 is as stable as any.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kl import KLKind, kl_penalty
+from .matmul import full_precision
 from .reductions import check_mask, loss_dtype
 
 BLOCK = 64
@@ -32,14 +34,15 @@ class GAE(NamedTuple):
 
 
 class ShapedGAE(NamedTuple):
-    """Per token [N], 0 where masked: advantages, returns, rewards (penalty and score), kl (the estimate, not times kl_coef).
-    Moments of the unmasked advantages, 0-dim: count, mean, m2 = sum (A - mean)^2 (see `whiten.whitening`)."""
+    """Per token [N], 0 where masked: advantages, returns, rewards (penalty and score), kl (the estimate, not
+    times kl_coef). Moments of the unmasked advantages, 0-dim: count, mean, m2 = sum (A - mean)^2 (see
+    `whiten.whitening`)."""
 
     advantages: Tensor
     returns: Tensor
     rewards: Tensor
     kl: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     mean: Tensor
     m2: Tensor
 
@@ -59,7 +62,7 @@ def gae_ref(
     bounds = _bounds(rewards, cu_seqlens).tolist()
     flat_rewards, flat_values, flat_mask = (t.double().flatten().tolist() for t in (rewards, values, mask))
     advantages = [0.0] * len(flat_rewards)
-    for s, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for s, (start, stop) in enumerate(pairwise(bounds)):
         next_value = 0.0 if bootstrap_values is None else float(bootstrap_values[s])
         carry = 0.0
         for t in reversed(range(start, stop)):
@@ -81,6 +84,7 @@ def _bounds(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.arange(like.shape[0] + 1, device=like.device) * like.shape[1]
 
 
+@full_precision
 def decayed_sums(x: Tensor, lengths: Tensor, decay: float) -> Tensor:
     """y_i = sum_{j >= i, same sequence} decay^(j - i) x_j over packed sequences; x [N], lengths [S] int64."""
     if x.numel() == 0:
@@ -132,7 +136,12 @@ def _unmasked(mask: Tensor | None, bounds: Tensor) -> tuple[Tensor | None, Tenso
 
 
 def _advantages(
-    rewards: Tensor, values: Tensor, lengths: Tensor, bootstrap_values: Tensor | None, gamma: float, gae_lambda: float
+    rewards: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    bootstrap_values: Tensor | None,
+    gamma: float,
+    gae_lambda: float,
 ) -> Tensor:
     """Advantages of the unmasked tokens, packed [n], with `lengths` of them per sequence."""
     if rewards.numel() == 0:
@@ -253,7 +262,8 @@ def shaped_gae(
     """KL penalty, placement of the scores, GAE, returns and the advantages' moments in one pass. No gradient flows.
 
     Args:
-        scores: [S]; each enters at the last unmasked token of its sequence (a sequence without one contributes nothing).
+        scores: [S]; each enters at the last unmasked token of its sequence (a sequence without one
+            contributes nothing).
         logprobs, ref_logprobs, values: packed [N], the responses' tokens.
         cu_seqlens: [S+1] boundaries of the responses.
         mask: [N], True = keep; other tokens are transparent and may hold anything.
@@ -284,5 +294,5 @@ def shaped_gae(
     count = torch.full((), float(advantages.numel()), dtype=dtype, device=v.device)
     mean = advantages.sum() / count.clamp(min=1)
     m2 = (advantages - mean).square().sum()
-    per_token = (_spread(x, positions, values.shape) for x in (advantages, advantages + v, rewards, kl))
-    return ShapedGAE(*per_token, count, mean, m2)
+    spread = [_spread(x, positions, values.shape) for x in (advantages, advantages + v, rewards, kl)]
+    return ShapedGAE(spread[0], spread[1], spread[2], spread[3], count, mean, m2)

@@ -1,8 +1,8 @@
 """A loss over an LM head whose gradient is formed in the forward pass.
 
-The loss needs each row only through (logprob, entropy), so `c_i = dL/dlogprob_i` and `h_i = dL/dentropy_i` are known as
-soon as a chunk of rows has passed over the vocabulary, while its logits are still there: dX and dW follow at once. Nothing
-is recomputed; the backward multiplies by the upstream gradient, one scalar.
+The loss needs each row only through (logprob, entropy), so `c_i = dL/dlogprob_i` and `h_i = dL/dentropy_i`
+are known as soon as a chunk of rows has passed over the vocabulary, while its logits are still there: dX and
+dW follow at once. Nothing is recomputed; the backward multiplies by the upstream gradient, one scalar.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .lm_head import Head, HeadGrads, HeadPass, RowGradients, row_chunks, rows_of
+from .matmul import full_precision
 
 # (rows, their logprobs, their entropy) -> gradients with respect to these
 RowGradient = Callable[[slice | Tensor, Tensor, Tensor], RowGradients]
@@ -29,6 +31,7 @@ class HeadLoss(NamedTuple):
     bias_grad: Tensor | None
 
 
+@full_precision
 def sweep(
     hidden: Tensor,
     labels: Tensor,
@@ -42,7 +45,8 @@ def sweep(
     """One pass over the rows in chunks, gradients included where `grads` wants any."""
     out = hidden.new_zeros(2, labels.numel(), dtype=head.dtype)
     dx = torch.zeros_like(hidden) if grads.hidden else None
-    keeps = "nothing" if not grads.wanted else "logits" if uses_entropy or head.softcap is not None else "softmax"
+    keeps = "logits" if uses_entropy or head.softcap is not None else "softmax"
+    keeps = keeps if grads.wanted else "nothing"
     head_pass = HeadPass(head, keeps)
     for rows, kept_chunk in row_chunks(labels, kept, head, keeps):
         x = rows_of(hidden, rows, kept_chunk, head.dtype)
@@ -80,6 +84,7 @@ class FormedGradient(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
@@ -97,9 +102,7 @@ def _require_unit(upstream: Tensor) -> None:
     torch._assert_async(upstream == 1.0, message)
 
 
-def make_grads(
-    hidden: Tensor, head: Head, weight_grad: Tensor | None
-) -> HeadGrads:
+def make_grads(hidden: Tensor, head: Head, weight_grad: Tensor | None) -> HeadGrads:
     """Which gradients a loss has to form now, under the current grad mode."""
     enabled = torch.is_grad_enabled()
     return HeadGrads(

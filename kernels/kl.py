@@ -1,6 +1,6 @@
 """Estimators of a KL divergence from the log-probs of sampled tokens.
 
-With `d = logprobs - ref_logprobs` on tokens drawn from the distribution of `logprobs` (r = exp(-d) = p_ref / p):
+With `d = logprobs - ref_logprobs` on tokens drawn from the distribution of `logprobs`:
 
     k1   d                   unbiased, of either sign
     abs  |d|

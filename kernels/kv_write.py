@@ -1,6 +1,6 @@
 """Writes keys and values of new tokens into the block pool of a paged cache.
 
-    pool[slot // block_size, slot % block_size] = row          for each token with slot >= 0
+pool[slot // block_size, slot % block_size] = row          for each token with slot >= 0
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
     Args:
         k, v: [T, Hkv, D].
         k_pool, v_pool: [num_blocks, block_size, Hkv, D], contiguous.
-        slot_mapping: [T] int32 or int64, `block * block_size + offset`, or -1. Slots that repeat leave any one of their rows.
+        slot_mapping: [T] int32 or int64, `block * block_size + offset`, or -1. Slots that repeat leave any
+            one of their rows.
 
     Raises:
         ValueError: shapes that do not fit, a pool that is not contiguous; on a CPU a slot outside the pool.

@@ -1,6 +1,6 @@
 """Cross-entropy from hidden states and the LM head, its gradient formed in the forward.
 
-    loss = sum_i w_i (-logprob_i) / normalizer          logprob_i as in `linear_logprobs.py`
+loss = sum_i w_i (-logprob_i) / normalizer          logprob_i as in `linear_logprobs.py`
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def linear_cross_entropy(
         hidden: [N, H], the hidden states that predict the labels.
         weight: [V, H], the LM head.
         labels: [N] int64; rows labelled -100 are left out.
-        row_weights: [N] weight of each row, constants; rows of weight 0 are left out and may hold anything. None is 1.
+        row_weights: [N] weight of each row, constants; rows of weight 0 are left out and may hold anything.
+            None is 1.
         bias, softcap: as in `linear_logprobs`.
         normalizer: divides the sum; defaults to the number of rows that count.
         weight_grad: as in `linear_ppo_loss`: filled in the forward, needs an upstream gradient of 1.

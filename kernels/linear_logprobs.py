@@ -1,9 +1,10 @@
 """Log-probs and entropies of labels from hidden states and the LM head; logits never reach memory whole.
 
-    z = softcap * tanh((x W^T + b) / softcap) / T        logprob_i = z_iy - lse_i        entropy_i = lse_i - sum_v p_iv z_iv
+    z = softcap * tanh((x W^T + b) / softcap) / T          lse_i = log sum_v exp(z_iv)
+    logprob_i = z_iy - lse_i                               entropy_i = lse_i - sum_v p_iv z_iv
 
-The backward takes any upstream gradient: it recomputes the logits tile by tile of the vocabulary, so that each tile of
-the weight's gradient is written once. See `lm_head.py` for the passes and for how much memory a chunk takes.
+The backward takes any upstream gradient: it recomputes the logits. See `lm_head.py` for the passes and for how
+much memory they take.
 """
 
 from __future__ import annotations
@@ -12,8 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .lm_head import Head, HeadGrads, HeadPass, RowGradients, RowStatistics, kept_rows, make_head, row_chunks, rows_of
+from .lm_head import (
+    Head,
+    HeadGrads,
+    HeadPass,
+    RowGradients,
+    RowStatistics,
+    kept_rows,
+    make_head,
+    row_chunks,
+    rows_of,
+)
+from .matmul import full_precision
 
 
 class LogProbs(NamedTuple):
@@ -44,19 +57,21 @@ def linear_logprobs_ref(
     return LogProbs(torch.where(kept, chosen, 0.0), torch.where(kept, entropy, 0.0))
 
 
+@full_precision
 def head_forward(hidden: Tensor, labels: Tensor, head: Head, kept: Tensor | None) -> RowStatistics:
     """Statistics of all rows, 0 in rows that do not count."""
     n_rows, n_tiles = labels.numel(), len(head.tiles)
-    out = hidden.new_zeros(3 + n_tiles, n_rows, dtype=head.dtype)
+    out = hidden.new_zeros(4 + n_tiles, n_rows, dtype=head.dtype)
     head_pass = HeadPass(head)
     for rows, kept_chunk in row_chunks(labels, kept, head, "nothing"):
         x = rows_of(hidden, rows, kept_chunk, head.dtype)
         stats = head_pass.statistics(x, rows_of(labels, rows, kept_chunk, labels.dtype))
-        values = torch.cat([torch.stack(stats[:3]), stats.tile_lse])
+        values = torch.cat([torch.stack(stats[:4]), stats.shares])
         out[:, rows] = values if kept_chunk is None else torch.where(kept_chunk, values, 0.0)
-    return RowStatistics(out[0], out[1], out[2], out[3:])
+    return RowStatistics(out[0], out[1], out[2], out[3], out[4:])
 
 
+@full_precision
 def head_backward(
     hidden: Tensor,
     labels: Tensor,
@@ -98,6 +113,7 @@ class _LinearLogProbs(torch.autograd.Function):
         return stats.logprobs, stats.entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, c: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if c is None and h is None:
             return (None,) * 6
@@ -125,8 +141,8 @@ def linear_logprobs(
 ) -> LogProbs:
     """Log-prob of each label and entropy of its distribution, from hidden states and the LM head.
 
-    Both outputs are differentiable in `hidden`, `weight` and `bias`. Logits are computed in fp32 (fp64 where an input is)
-    whatever the dtype of the inputs.
+    Both outputs are differentiable in `hidden`, `weight` and `bias`. Logits are computed in fp32 (fp64 where
+    an input is) whatever the dtype of the inputs.
 
     Args:
         hidden: [N, H], the hidden states that predict the labels.

@@ -1,15 +1,15 @@
 """The clipped PPO policy loss straight from hidden states and the LM head, its gradient formed in the forward.
 
-    logprob_i, entropy_i  as in `linear_logprobs.py`          loss = sum_i w_i term_i  as in `ppo_loss.py`
+    logprob_i, entropy_i as in `linear_logprobs.py`          loss = sum_i w_i term_i as in `ppo_loss.py`
 
-`c_i = dL/dlogprob_i` (and dL/dentropy_i under an entropy bonus) come from autograd over a chunk's per-token vectors;
-dL/dX and dL/dW follow while the chunk's logits are there. Three matrix products instead of the four of a recomputing
-backward, and only kept rows are touched.
+`c_i = dL/dlogprob_i` (and dL/dentropy_i under an entropy bonus) come from autograd over a chunk's per-token
+vectors; dL/dX and dL/dW follow while the chunk's logits are there. Three matrix products instead of the four
+of a recomputing backward, and only kept rows are touched.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ def linear_ppo_loss_ref(
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
-    **options: object,
+    **options: Any,
 ) -> LinearPPOLoss:
     """`linear_ppo_loss` in float64 with all logits in memory, through autograd."""
     kept = labels != -100 if mask is None else mask.bool() & (labels != -100)
@@ -113,16 +113,18 @@ def linear_ppo_loss(
         old_logprobs, advantages: [N].
         mask: [N], True = keep; other rows may hold anything.
         bias, temperature, softcap: as in `linear_logprobs`.
-        weight_grad: a buffer [V, H], fp32, to which this call adds the weight's gradient *in the forward*, once; the weight's
-            `.grad` then gets nothing from it. The loss must then be used with an upstream gradient of 1 (fold factors into
-            `normalizer`); anything else raises in the backward. Under `torch.no_grad()` it is left alone.
+        weight_grad: a buffer [V, H], fp32, to which this call adds the weight's gradient *in the forward*,
+            once; the weight's `.grad` then gets nothing from it. The loss must then be used with an upstream
+            gradient of 1 (fold factors into `normalizer`); anything else raises in the backward. Under
+            `torch.no_grad()` it is left alone.
         others: as in `policy_loss`; entropy is the one computed here.
 
     Returns:
         LinearPPOLoss(loss, logprobs [N], entropy [N], PolicyStats); gradients flow through `loss` alone.
 
     Raises:
-        ValueError: shapes that do not fit; on a CPU a label outside [0, V) other than -100; kl_coef without ref_logprobs.
+        ValueError: shapes that do not fit; on a CPU a label outside [0, V) other than -100; kl_coef without
+            ref_logprobs.
     """
     options = PolicyOptions(
         clip_eps, clip_eps_high, dual_clip, entropy_coef, entropy_bound, kl_coef, kl_kind, log_ratio_clamp

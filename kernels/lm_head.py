@@ -5,13 +5,14 @@ With `z = softcap * tanh((x W^T + b) / softcap) / T` (no tanh without a softcap)
     logprob_i = z_iy - lse_i          entropy_i = lse_i - sum_v p_iv z_iv          lse_i = log sum_v exp(z_iv)
     dL/dz_iv = c_i [v = y_i] - p_iv (c_i + h_i (log p_iv + entropy_i))     c = dL/dlogprob, h = dL/dentropy
 
-A chunk of rows passes over the vocabulary tile by tile. Each tile gives its own softmax, and per row its logsumexp, its
-mean logit and the label's logit; rows combine these at the end. The gradient passes over the tiles again, from what was
-kept of them or from recomputed logits. Kept logits exist for one chunk of rows only: `CHUNK_BYTES` of them, or `MIN_ROWS`
-rows where a vocabulary is so large that fewer would fit; beside them a few tiles of `TILE_ELEMENTS` each.
+A chunk of rows passes over the vocabulary tile by tile. Each tile gives its own softmax, and per row its
+logsumexp, its mean logit and the label's logit; rows combine these at the end. The gradient passes over the
+tiles again, from what was kept of them or from recomputed logits. Kept logits exist for one chunk of rows
+only: `CHUNK_BYTES` of them, or `MIN_ROWS` rows where a vocabulary is so large that fewer would fit; beside
+them a few tiles of `TILE_ELEMENTS` each.
 
-On a CPU a row's results have the same bits whatever the other rows, in every operation: products as in `matmul.py`, all
-else row by row.
+On a CPU a row's results have the same bits whatever the other rows, in every operation: products as in
+`matmul.py`, all else row by row.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from .matmul import matmul_t, pad_rows
 from .reductions import check_mask, loss_dtype
 
 IGNORE_INDEX = -100
-CHUNK_BYTES = 24 << 20  # of kept fp32 logits on a CPU
+LOWEST = -1e30  # stands for a logit of -inf, which a bias may ask for
+CHUNK_BYTES = 18 << 20  # of kept fp32 logits on a CPU
 MIN_ROWS = 128
-TILE_COLUMNS = 2048
+TILE_COLUMNS = 1024
 TILE_ELEMENTS = 1 << 19
 CUDA_CHUNK_BYTES = 2 << 30
 CUDA_MIN_ROWS = 1024
@@ -64,8 +66,9 @@ class RowStatistics(NamedTuple):
 
     logprobs: Tensor
     entropy: Tensor
-    lse: Tensor
-    tile_lse: Tensor
+    top: Tensor  # largest logit
+    log_sum: Tensor  # log sum exp(z - top): kept apart, their sum would lose digits of the smaller
+    shares: Tensor  # of each tile in the row's probability
 
     def rows(self, rows: slice | Tensor) -> RowStatistics:
         return RowStatistics(*(s[..., rows] for s in self))
@@ -95,9 +98,10 @@ def kept_rows(labels: Tensor, mask: Tensor | None, n_rows: int, vocab: int) -> T
 
     On a CPU a label outside the vocabulary raises; on a GPU, where looking would stall, its row becomes NaN.
     """
-    if labels.shape != (n_rows,):
-        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {(n_rows,)}")
-    kept = check_mask(mask, labels.shape)
+    shape = torch.Size([n_rows])
+    if labels.shape != shape:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {tuple(shape)}")
+    kept = check_mask(mask, shape)
     kept = labels != IGNORE_INDEX if kept is None else kept & (labels != IGNORE_INDEX)
     if labels.device.type != "cpu":
         return kept
@@ -150,8 +154,8 @@ def rows_of(x: Tensor, rows: slice | Tensor, kept: Tensor | None, dtype: torch.d
 class HeadPass:
     """Passes of one chunk of rows after another over the vocabulary.
 
-    `keeps` says what stays in memory between a chunk's forward and its gradient: "nothing" (logits are recomputed),
-    "softmax" of each tile (enough for dL/dlogprob without a softcap), or "logits".
+    `keeps` says what stays in memory between a chunk's forward and its gradient: "nothing" (logits are
+    recomputed), "softmax" of each tile (enough for dL/dlogprob without a softcap), or "logits".
     """
 
     def __init__(self, head: Head, keeps: str = "nothing") -> None:
@@ -178,7 +182,7 @@ class HeadPass:
                 self.kept.append(self.buffer(f"z{tile}", z).copy_(z)[:n_rows])
             elif self.keeps == "softmax":
                 self.kept.append(p[:n_rows])
-            tiles.add(z, p, labels, tile)
+            tiles.add(z, p, labels, tile, floor=self.head.bias is not None)
         return tiles.combine().rows(slice(n_rows))
 
     def backward(
@@ -188,7 +192,7 @@ class HeadPass:
         dx = torch.zeros_like(x) if grads.hidden else None
         for i, tile in enumerate(self.head.tiles):
             z = self.kept[i] if self.keeps != "nothing" else tile_logits(x, self.head, tile)
-            g = self.logits_gradient(z, labels, stats, stats.tile_lse[i], upstream, tile)
+            g = self.logits_gradient(z, labels, stats, stats.shares[i], upstream, tile)
             grads.add(g, x, self.head, tile, dx)
         grads.started = True
         return dx
@@ -198,13 +202,12 @@ class HeadPass:
         z: Tensor,
         labels: Tensor,
         stats: RowStatistics,
-        tile_lse: Tensor,
+        share: Tensor,
         upstream: RowGradients,
         tile: tuple[int, int],
     ) -> Tensor:
         """dL/d(x W^T + b) of one tile, over the memory of `z`: its logits, or its softmax where that was kept."""
         c, h = upstream
-        share = torch.exp(tile_lse - stats.lse)  # of the tile in the row's probability
         if h is None and self.head.softcap is None:
             p = z if self.keeps == "softmax" else torch.softmax(z, 1, out=z)
             g = add_to_labels(p.mul_(-(c * share)[:, None]), c, labels, tile)
@@ -214,7 +217,7 @@ class HeadPass:
             if h is None:
                 g = p.mul_(-c[:, None])
             else:
-                logp = z.sub_(stats.lse[:, None]).clamp_(min=-1e5)  # -inf * 0 is 0 here
+                logp = z.sub_(stats.top[:, None]).sub_(stats.log_sum[:, None])
                 g = p.mul_(logp.add_(stats.entropy[:, None]).mul_(h[:, None]).add_(c[:, None])).neg_()
             g = add_to_labels(g, c, labels, tile)
             g = g if slope is None else g.mul_(slope)
@@ -258,8 +261,8 @@ class HeadGrads:
 
 
 class _TileStatistics:
-    """Per row of each tile: maximum, log-sum of exp(z - maximum), mean of z - maximum under the tile's softmax; and the
-    label's logit."""
+    """Per row of each tile: maximum, log-sum of exp(z - maximum), mean of z - maximum under the tile's
+    softmax; and the label's logit."""
 
     def __init__(self, x: Tensor) -> None:
         self.tops: list[Tensor] = []
@@ -267,10 +270,12 @@ class _TileStatistics:
         self.means: list[Tensor] = []
         self.target = x.new_full(x.shape[:1], torch.nan)
 
-    def add(self, z: Tensor, p: Tensor, labels: Tensor, tile: tuple[int, int]) -> None:
-        """Overwrites z."""
+    def add(self, z: Tensor, p: Tensor, labels: Tensor, tile: tuple[int, int], *, floor: bool) -> None:
+        """Overwrites z. `floor` says that -inf may have been raised to LOWEST."""
         column, inside = columns_of(labels, tile)
         value = z.gather(1, column[:, None]).squeeze(1)
+        if floor:
+            value = torch.where(value > LOWEST, value, -torch.inf)
         self.target = torch.where(inside, value, self.target)
         top = z.amax(1)
         self.tops.append(top)
@@ -282,9 +287,9 @@ class _TileStatistics:
         top = tops.amax(0)
         relative = (tops - top).add_(logs)
         log_sum = relative[0] if len(relative) == 1 else relative.exp().sum(0).log()
-        # sum_v p (lse - z) over tiles of weight exp(relative - log_sum)
-        entropy = ((relative - log_sum).exp() * ((top - tops) + (log_sum - means))).sum(0)
-        return RowStatistics((self.target - top) - log_sum, entropy, top + log_sum, tops + logs)
+        shares = (relative - log_sum).exp()
+        entropy = (shares * ((top - tops) + (log_sum - means))).sum(0)  # sum_v p (lse - z)
+        return RowStatistics((self.target - top) - log_sum, entropy, top, log_sum, shares)
 
 
 def columns_of(labels: Tensor, tile: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -305,7 +310,7 @@ def tile_logits(x: Tensor, head: Head, tile: tuple[int, int]) -> Tensor:
     if head.scaled:
         z.div_(head.temperature)
     # a tile of nothing but -inf must not make exp(-inf - -inf)
-    return z if head.bias is None else z.clamp_(min=-1e30)
+    return z if head.bias is None else z.clamp_(min=LOWEST)
 
 
 def add_to_labels(g: Tensor, c: Tensor, labels: Tensor, tile: tuple[int, int]) -> Tensor:

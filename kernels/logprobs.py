@@ -1,8 +1,9 @@
 """Log-probs and entropies of labels from logits.
 
-    z = logits / T        logprob_i = z_iy - lse_i        entropy_i = lse_i - sum_v p_iv z_iv        lse_i = log sum_v exp(z_iv)
+    z = logits / T          logprob_i = z_iy - lse_i          entropy_i = lse_i - sum_v p_iv z_iv
+    dL/dlogits_iv = (c_i [v = y_i] - p_iv (c_i + h_i (log p_iv + entropy_i))) / T
 
-    dL/dlogits_iv = (c_i [v = y_i] - p_iv (c_i + h_i (log p_iv + entropy_i))) / T      c = dL/dlogprob, h = dL/dentropy
+with lse_i = log sum_v exp(z_iv), c = dL/dlogprob, h = dL/dentropy.
 
 Rows are taken a few at a time, so that no second array of the logits' size appears but the gradient itself.
 """
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .linear_logprobs import LogProbs
 from .lm_head import kept_rows
+from .matmul import full_precision
 from .reductions import loss_dtype
 
 CHUNK_ELEMENTS = 1 << 20
@@ -53,6 +56,7 @@ def _safe_labels(labels: Tensor, kept: Tensor | None, vocab: int) -> Tensor:
     return torch.where(inside if kept is None else inside & kept, labels, 0)
 
 
+@full_precision
 def _forward(
     logits: Tensor, labels: Tensor, kept: Tensor | None, temperature: float | Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,7 +94,7 @@ def _backward(
     out: Tensor,
 ) -> None:
     """dL/dlogits into `out`, which may be the logits themselves."""
-    for rows in _chunks(*logits.shape, logits.device):
+    for rows in _chunks(logits.shape[0], logits.shape[1], logits.device):
         logp = _scaled(logits, rows, kept, temperature).sub_(lse[rows, None]).clamp_(min=-1e5)
         scale = -c[rows, None] if h is None else -(logp + entropy[rows, None]).mul_(h[rows, None]).add_(c[rows, None])
         g = logp.exp_().mul_(scale)
@@ -118,6 +122,7 @@ class _LogProbsFromLogits(torch.autograd.Function):
         return logprobs, entropy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, c: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0] or (c is None and h is None):
             return (None,) * 5
@@ -145,7 +150,8 @@ def logprobs_from_logits(
         labels: [...] int64; rows labelled -100 are left out as if masked.
         temperature: divides the logits, a float or a 0-dim tensor (no gradient flows to it).
         mask: [...], True = keep. Other rows give 0, take no gradient, and may hold anything.
-        inplace_backward: write the gradient over the logits; nothing else may read them, and the backward runs once.
+        inplace_backward: write the gradient over the logits; nothing else may read them, and the backward
+            runs once.
 
     Returns:
         LogProbs(logprobs [...], entropy [...]).

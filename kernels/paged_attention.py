@@ -1,19 +1,27 @@
 """Attention of ragged queries over a paged cache: decode and chunked prefill.
 
-Query j of sequence s (of q_len queries) sits at position `i = seq_lens[s] - q_len + j` and sees the keys at positions
-`max(0, i - window + 1) .. i`:
+Query j of sequence s (of q_len queries) sits at position `i = seq_lens[s] - q_len + j` and sees the keys at
+positions `max(0, i - window + 1) .. i`:
 
-    z_t = scale * q . k_t          z_t = softcap * tanh(z_t / softcap) with a softcap          out = sum_t softmax(z)_t v_t
+    z_t = scale * q . k_t          (z_t = softcap * tanh(z_t / softcap) with a softcap)
+    out = sum_t softmax(z)_t v_t
 
-Position t of sequence s lies in `pool[block_table[s, t // block_size], t % block_size]`. Query heads share key and value
-heads in groups of Hq / Hkv. Slots that hold no visible token may hold anything.
+Position t of sequence s lies in `pool[block_table[s, t // block_size], t % block_size]`. Query heads share
+key and value heads in groups of Hq / Hkv. Slots that hold no visible token may hold anything.
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .matmul import full_precision
+
+_SMALL_CACHE = 1 << 13  # padded positions below which sequences of all lengths are taken together
 
 
 def paged_attention_ref(
@@ -32,7 +40,7 @@ def paged_attention_ref(
     block_size, group = k_pool.shape[1], q.shape[1] // k_pool.shape[2]
     out = torch.zeros_like(q, dtype=torch.float64)
     bounds = cu_seqlens_q.tolist()
-    for s, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for s, (start, stop) in enumerate(pairwise(bounds)):
         for j in range(start, stop):
             last = int(seq_lens[s]) - (stop - start) + (j - start)
             first = 0 if window is None else max(0, last - window + 1)
@@ -46,68 +54,121 @@ def paged_attention_ref(
     return out
 
 
-def gather_blocks(pool: Tensor, table: Tensor, valid: Tensor) -> Tensor:
-    """[S, L, Hkv, D]: the cached rows of each sequence, 0 where not `valid` [S, L] (0 * NaN would be NaN)."""
-    n_blocks = pool.shape[0]
-    rows = pool[table.clamp(0, max(n_blocks - 1, 0))].flatten(1, 2)[:, : valid.shape[1]]
-    return torch.where(valid[:, :, None, None], rows, 0.0)
+def key_positions(seq_lens: Tensor, n_queries: int, longest: int, window: int | None) -> Tensor:
+    """[S, L] int64: the positions the last `n_queries` of each sequence may see, all up to `longest` or what
+    the window spans."""
+    t = torch.arange(longest if window is None else min(longest, window + n_queries - 1), device=seq_lens.device)
+    if window is None:
+        return t.expand(seq_lens.numel(), -1)
+    return t + (seq_lens.long() - n_queries - window + 1).clamp(min=0)[:, None]
 
 
-def visible_keys(positions: Tensor, length: int, window: int | None) -> Tensor:
-    """[..., length] bool: the keys that a query at each position sees."""
-    t = torch.arange(length, device=positions.device)
-    visible = t <= positions[..., None]
-    return visible if window is None else visible & (t > positions[..., None] - window)
+def visible_keys(seq_lens: Tensor, n_queries: int, keys: Tensor, window: int | None) -> Tensor:
+    """[S, Q, L] bool: which of the positions `keys` [S, L] each of a sequence's last Q positions sees."""
+    queries = torch.arange(n_queries, device=seq_lens.device) - n_queries
+    positions = (seq_lens.long()[:, None] + queries)[:, :, None]
+    keys = keys[:, None]
+    return keys <= positions if window is None else (keys <= positions) & (keys > positions - window)
 
 
+def slots_of(block_table: Tensor, block_size: int, seq_lens: Tensor, keys: Tensor) -> Tensor:
+    """[S, L] int64: where the positions `keys` lie in the flattened pool. Positions past a sequence's end repeat
+    its last token: what they hold is masked later, but it must be a number (0 * NaN would be NaN)."""
+    t = torch.minimum(keys, (seq_lens.long() - 1)[:, None])
+    return block_table.long().gather(1, t // block_size) * block_size + t % block_size
+
+
+def gather_rows(pool: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """[S, Hkv, L, D] view of the cached rows at `slots` [S, L]."""
+    n_kv, dim = pool.shape[2:]
+    rows = pool.view(-1, n_kv * dim).index_select(0, slots.flatten())
+    return rows.view(*slots.shape, n_kv, dim).transpose(1, 2).to(dtype)
+
+
+@full_precision
 def grouped_attention(
     q: Tensor, k: Tensor, v: Tensor, visible: Tensor, *, scale: float, softcap: float | None
 ) -> Tensor:
-    """q [S, Q, Hq, D], k and v [S, L, Hkv, D], visible [S, Q, L] -> [S, Q, Hq, D]."""
+    """q [S, Q, Hq, D], k and v [S, Hkv, L, D], visible [S, Q, L] -> [S, Q, Hq, D].
+
+    The query heads of a group are further queries of their key head, so that K and V are read once and never
+    repeated.
+    """
     n_seqs, n_queries, n_heads, dim = q.shape
-    n_kv = k.shape[2]
-    if softcap is None and n_queries > 1:
-        out = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            attn_mask=visible[:, None],
-            scale=scale,
-            enable_gqa=n_kv != n_heads,
-        )
-        return out.transpose(1, 2)
-    grouped = q.view(n_seqs, n_queries, n_kv, n_heads // n_kv, dim).permute(0, 2, 3, 1, 4)  # [S, Hkv, G, Q, D]
-    grouped = grouped.reshape(n_seqs, n_kv, -1, dim)
-    z = (grouped @ k.permute(0, 2, 3, 1)).mul_(scale).view(n_seqs, n_kv, -1, n_queries, k.shape[1])
-    if softcap is not None:
-        z = z.div_(softcap).tanh_().mul_(softcap)
-    p = z.masked_fill_(~visible[:, None, None], -torch.inf).softmax(-1)
-    out = p.view(n_seqs, n_kv, -1, k.shape[1]) @ v.transpose(1, 2)
-    out = out.view(n_seqs, n_kv, -1, n_queries, dim).permute(0, 3, 1, 2, 4)
+    n_kv = k.shape[1]
+    group = n_heads // n_kv
+    grouped = q.view(n_seqs, n_queries, n_kv, group, dim).permute(0, 2, 3, 1, 4).reshape(n_seqs, n_kv, -1, dim)
+    mask = visible[:, None] if n_queries == 1 else visible.repeat(1, group, 1)[:, None]  # [S, 1, G * Q, L]
+    if softcap is None:
+        out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+    else:
+        out = torch.cat([_capped_head(grouped, k, v, mask, h, scale, softcap) for h in range(n_kv)], 1)
+    out = out.view(n_seqs, n_kv, group, n_queries, dim).permute(0, 3, 1, 2, 4)
     return out.reshape(n_seqs, n_queries, n_heads, dim)
 
 
-def _attend(
-    q: Tensor,
-    k_pool: Tensor,
-    v_pool: Tensor,
-    table: Tensor,
-    seq_lens: Tensor,
-    longest: int,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """q [S, Q, Hq, D], the last Q positions of each sequence."""
-    block_size, n_queries = k_pool.shape[1], q.shape[1]
-    table = table[:, : -(-longest // block_size)].long()
-    lengths = seq_lens.long()[:, None]
-    positions = lengths - n_queries + torch.arange(n_queries, device=q.device)
-    visible = visible_keys(positions, longest, window)
-    valid = torch.arange(longest, device=q.device) < lengths
-    k, v = (gather_blocks(pool, table, valid).to(q.dtype) for pool in (k_pool, v_pool))
-    return grouped_attention(q, k, v, visible, scale=scale, softcap=softcap)
+def _capped_head(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, head: int, scale: float, softcap: float) -> Tensor:
+    """Attention with a softcap of one key head, [S, 1, G * Q, D]."""
+    z = torch.bmm(q[:, head], k[:, head].transpose(1, 2)).mul_(scale / softcap).tanh_().mul_(softcap)
+    p = z.masked_fill_(~mask[:, 0], -torch.inf).softmax(-1)
+    return torch.bmm(p, v[:, head])[:, None]
+
+
+class _Cache(NamedTuple):
+    """The pools, the sequences that read them, and how."""
+
+    k_pool: Tensor
+    v_pool: Tensor
+    block_table: Tensor
+    seq_lens: Tensor
+    scale: float
+    window: int | None
+    softcap: float | None
+
+    def attend(self, q: Tensor, sequences: slice | Tensor, longest: int) -> Tensor:
+        """q [S, Q, Hq, D], the last Q positions of the chosen sequences, none longer than `longest`."""
+        lengths = self.seq_lens[sequences]
+        keys = key_positions(lengths, q.shape[1], longest, self.window)
+        slots = slots_of(self.block_table[sequences], self.k_pool.shape[1], lengths, keys)
+        k, v = (gather_rows(pool, slots, q.dtype) for pool in (self.k_pool, self.v_pool))
+        visible = visible_keys(lengths, q.shape[1], keys, self.window)
+        return grouped_attention(q, k, v, visible, scale=self.scale, softcap=self.softcap)
+
+
+def length_groups(lengths: list[int]) -> list[list[int]]:
+    """Sequences to be taken together: all of them, or by powers of two of their lengths where that saves much."""
+    if len(lengths) * max(lengths) <= max(2 * sum(lengths), _SMALL_CACHE):
+        return [list(range(len(lengths)))]
+    groups: dict[int, list[int]] = {}
+    for s, length in enumerate(lengths):
+        groups.setdefault(length.bit_length(), []).append(s)
+    return list(groups.values())
+
+
+def _decode(q: Tensor, cache: _Cache, lengths: list[int], sequences: Tensor | None = None) -> Tensor:
+    """One query for each of the sequences (None: all of them), q [S, Hq, D]."""
+    groups = length_groups(lengths)
+    if len(groups) == 1:
+        return cache.attend(q[:, None], slice(None) if sequences is None else sequences, max(lengths))[:, 0]
+    out = torch.empty_like(q)
+    for group in groups:
+        rows = torch.tensor(group, device=q.device)
+        chosen = rows if sequences is None else sequences[rows]
+        out[rows] = cache.attend(q[rows, None], chosen, max(lengths[s] for s in group))[:, 0]
+    return out
+
+
+def _ragged(q: Tensor, cache: _Cache, lengths: list[int], bounds: list[int]) -> Tensor:
+    """Sequences with one query together, the others one by one."""
+    out = torch.empty_like(q)
+    single = [s for s, (start, stop) in enumerate(pairwise(bounds)) if stop - start == 1]
+    if single:
+        rows, sequences = torch.tensor([[bounds[s] for s in single], single], device=q.device)
+        out[rows] = _decode(q[rows], cache, [lengths[s] for s in single], sequences)
+    for s, (start, stop) in enumerate(pairwise(bounds)):
+        if stop - start > 1:
+            out[start:stop] = cache.attend(q[None, start:stop], slice(s, s + 1), lengths[s])[0]
+    return out
 
 
 @torch.no_grad()
@@ -127,7 +188,8 @@ def paged_attention(
 
     Args:
         q: [Tq, Hq, D], the queries of all sequences one after another.
-        k_pool, v_pool: [num_blocks, block_size, Hkv, D]; the current tokens' keys and values are in them already.
+        k_pool, v_pool: [num_blocks, block_size, Hkv, D]; the current tokens' keys and values are in them
+            already.
         block_table: [S, max_blocks] int32; entries beyond a sequence's blocks may be anything.
         seq_lens: [S] int32, tokens in the cache, the current ones included.
         cu_seqlens_q: [S+1] int32, boundaries of the queries; a sequence may have none.
@@ -144,18 +206,12 @@ def paged_attention(
     _check(q, k_pool, v_pool, block_table, seq_lens, cu_seqlens_q)
     lengths, bounds = seq_lens.tolist(), cu_seqlens_q.tolist()
     _check_lengths(lengths, bounds, block_table.shape[1] * k_pool.shape[1], q.shape[0])
-    options = {"scale": scale, "window": window, "softcap": softcap}
+    cache = _Cache(k_pool, v_pool, block_table, seq_lens, scale, window, softcap)
     if not q.shape[0]:
         return q.clone()
     if bounds == list(range(len(bounds))):
-        return _attend(q[:, None], k_pool, v_pool, block_table, seq_lens, max(lengths), **options)[:, 0]
-    out = torch.empty_like(q)
-    for s, (start, stop) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
-        if stop > start:
-            one, length = slice(s, s + 1), lengths[s]
-            rows = _attend(q[None, start:stop], k_pool, v_pool, block_table[one], seq_lens[one], length, **options)
-            out[start:stop] = rows[0]
-    return out
+        return _decode(q, cache, lengths)
+    return _ragged(q, cache, lengths, bounds)
 
 
 def _check(

@@ -2,19 +2,20 @@
 
 Policy, per token, with rho = exp(logprob - old_logprob), advantage A and clip range [1 - eps, 1 + eps_high]:
 
-    pg = max(-A rho, -A clip(rho, 1 - eps, 1 + eps_high))                       PPO, arXiv 1707.06347, equation 7
-    pg = min(pg, -A c) where A < 0                                              dual clip, arXiv 1912.09729, equation 5
+    pg = max(-A rho, -A clip(rho, 1 - eps, 1 + eps_high))       PPO, arXiv 1707.06347, equation 7
+    pg = min(pg, -A c) where A < 0                              dual clip, arXiv 1912.09729, equation 5
 
-which is `-A clamp(rho, lower, upper)` with (lower, upper) = (0, 1 + eps_high) where A >= 0 and (1 - eps, c) where A < 0.
-Then `term = importance_weight * pg - entropy_coef * entropy + kl_coef * kl(logprob, ref_logprob)`; with an
-`entropy_bound` the bonus counts only in tokens whose entropy is below it (the clipped bonus of arXiv 2307.04964).
+which is `-A clamp(rho, lower, upper)` with (lower, upper) = (0, 1 + eps_high) where A >= 0 and (1 - eps, c)
+where A < 0. Then `term = importance_weight * pg - entropy_coef * entropy + kl_coef * kl(logprob,
+ref_logprob)`; with an `entropy_bound` the bonus counts only in tokens whose entropy is below it (the clipped
+bonus of arXiv 2307.04964).
 
 Critic, per token, with values V, old values V_old, returns R (arXiv 2307.04964, section 5.4; coef 1/2):
 
     term = coef * max((V - R)^2, (V_old + clip(V - V_old, -eps, eps) - R)^2)
 
-A loss is the weighted sum of its terms, weights as in `reductions.py`. In float64 these functions are the reference of
-every fused operation that contains them.
+A loss is the weighted sum of its terms, weights as in `reductions.py`. In float64 these functions are the
+reference of every fused operation that contains them.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kl import KLKind, kl_terms
-from .reductions import Reduction, check_mask, keep, loss_dtype, masked_average, token_weights
+from .reductions import Reduction, average, check_mask, keep, loss_dtype, token_weights
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,13 @@ class PolicyInputs(NamedTuple):
     ref_logprobs: Tensor | None
 
     def rows(self, rows: slice | Tensor) -> PolicyInputs:
-        return PolicyInputs(*(None if t is None else t[rows] for t in self))
+        weights, ref = self.importance_weights, self.ref_logprobs
+        return PolicyInputs(
+            self.old_logprobs[rows],
+            self.advantages[rows],
+            None if weights is None else weights[rows],
+            None if ref is None else ref[rows],
+        )
 
 
 class PolicyStats(NamedTuple):
@@ -93,14 +100,16 @@ class PolicyStats(NamedTuple):
     ratio_max: Tensor
     entropy: Tensor
     active_fraction: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count
 
 
 class ValueStats(NamedTuple):
     """Over the unmasked tokens of the call, fp32 scalars.
 
-    clipfrac: tokens where the clipped error is the larger. explained_variance: 1 - Var(R - V) / Var(R), 0 where Var(R) is
-    0. The means and (biased) variances of returns and errors R - V let `merge_value_stats` join calls exactly.
+    clipfrac: tokens where the clipped error is the larger. explained_variance: 1 - Var(R - V) / Var(R), 0
+        where Var(R) is
+    0. The means and (biased) variances of returns and errors R - V let `merge_value_stats` join calls
+    exactly.
     """
 
     clipfrac: Tensor
@@ -110,7 +119,7 @@ class ValueStats(NamedTuple):
     return_var: Tensor
     error_mean: Tensor
     error_var: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count
 
 
 class PolicyLoss(NamedTuple):
@@ -155,8 +164,8 @@ def policy_terms(
 def clip_bounds(advantages: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor]:
     """(lower, upper) of the ratio for each token, by the sign of its advantage."""
     negative = advantages < 0
-    lower = torch.where(negative, options.lower, 0.0).to(advantages.dtype)
-    upper = torch.where(negative, options.dual, options.upper).to(advantages.dtype)
+    lower = torch.where(negative, options.lower, advantages.new_zeros(()))
+    upper = torch.where(negative, options.dual, advantages.new_full((), options.upper))
     return lower, upper
 
 
@@ -179,18 +188,19 @@ def policy_statistics(
     low = (advantages < 0) & (ratio < options.lower)
     high = (advantages > 0) & (ratio > options.upper)
     dual = (advantages < 0) & (ratio > options.dual)
-    clipped, active = low | high, (advantages != 0) & ~(low | high | dual)
     log_ratio = logprobs - inputs.old_logprobs
     kept_ratio = ratio if mask is None else torch.where(mask, ratio, 0.0)
-    means = [
-        masked_average(x, None, count)
-        for x in (clipped, low, dual, torch.expm1(log_ratio) - log_ratio, kept_ratio, active)
-    ]
-    clipfrac, clipfrac_low, clipfrac_dual, approx_kl, ratio_mean, active_fraction = means
-    ratio_max = kept_ratio.amax() if ratio.numel() else count.new_zeros(())
-    mean_entropy = count.new_full((), torch.nan) if entropy is None else masked_average(entropy, None, count)
-    stats = (clipfrac, clipfrac_low, clipfrac_dual, approx_kl, ratio_mean, ratio_max, mean_entropy, active_fraction)
-    return PolicyStats(*(s.float() for s in stats), count)
+    return PolicyStats(
+        clipfrac=average(low | high, count),
+        clipfrac_low=average(low, count),
+        clipfrac_dual=average(dual, count),
+        approx_kl=average(torch.expm1(log_ratio) - log_ratio, count),
+        ratio_mean=average(kept_ratio, count),
+        ratio_max=kept_ratio.amax().float() if ratio.numel() else count.new_zeros(()),
+        entropy=count.new_full((), torch.nan) if entropy is None else average(entropy, count),
+        active_fraction=average((advantages != 0) & ~(low | high | dual), count),
+        count=count,
+    )
 
 
 def value_terms(
@@ -209,14 +219,11 @@ def value_statistics(values: Tensor, returns: Tensor, clipped: Tensor, mask: Ten
     """See `ValueStats`. Tensors are 0 at masked positions."""
     count = _count(mask, values)
     error = returns - values
-    means = [masked_average(x, None, count) for x in (clipped, values, returns, error)]
-    variances = [
-        masked_average(keep(x - mean, mask, x.dtype).square(), None, count)
-        for x, mean in ((returns, means[2]), (error, means[3]))
-    ]
-    clipfrac, value_mean, return_mean, error_mean = (m.float() for m in means)
-    return_var, error_var = (v.float() for v in variances)
+    value_mean, return_mean, error_mean = (average(x, count) for x in (values, returns, error))
+    return_var = average(keep(returns - return_mean, mask, returns.dtype).square(), count)
+    error_var = average(keep(error - error_mean, mask, error.dtype).square(), count)
     explained = _explained_variance(return_var, error_var)
+    clipfrac = average(clipped, count)
     return ValueStats(clipfrac, explained, value_mean, return_mean, return_var, error_mean, error_var, count)
 
 
@@ -270,22 +277,26 @@ def policy_inputs(
     if whiten is not None:
         mean, rstd = whiten
         advantages = (advantages.to(dtype) - mean.to(dtype)) * rstd.to(dtype)
-    tensors = (old_logprobs, advantages, importance_weights, ref_logprobs)
-    for t in tensors:
+    for t in (old_logprobs, importance_weights, ref_logprobs):
         if t is not None and t.shape != advantages.shape:
             raise ValueError(f"per-token shapes differ: {tuple(t.shape)} and {tuple(advantages.shape)}")
-    return PolicyInputs(*(None if t is None else keep(t.detach(), mask, dtype) for t in tensors))
+    return PolicyInputs(
+        keep(old_logprobs.detach(), mask, dtype),
+        keep(advantages.detach(), mask, dtype),
+        None if importance_weights is None else keep(importance_weights.detach(), mask, dtype),
+        None if ref_logprobs is None else keep(ref_logprobs.detach(), mask, dtype),
+    )
 
 
 def policy_loss_ref(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: object
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor | None = None, **options: Any
 ) -> PolicyLoss:
     """`policy_loss` in float64."""
     for name in ("importance_weights", "entropy", "ref_logprobs"):
         extra = options.get(name)
         if isinstance(extra, Tensor):
             options[name] = extra.double()
-    return policy_loss(logprobs.double(), old_logprobs.double(), advantages.double(), mask, **options)  # type: ignore[arg-type]
+    return policy_loss(logprobs.double(), old_logprobs.double(), advantages.double(), mask, **options)
 
 
 def policy_loss(
@@ -365,10 +376,10 @@ def check_coefficients(options: PolicyOptions, entropy: Tensor | None, ref_logpr
 
 
 def value_loss_ref(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None = None, **options: object
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor | None = None, **options: Any
 ) -> ValueLoss:
     """`value_loss` in float64."""
-    return value_loss(values.double(), old_values.double(), returns.double(), mask, **options)  # type: ignore[arg-type]
+    return value_loss(values.double(), old_values.double(), returns.double(), mask, **options)
 
 
 def value_loss(
@@ -388,7 +399,8 @@ def value_loss(
     Args:
         values, old_values, returns: [B, T] or packed [N].
         mask: the same shape, True = keep; other tokens may hold anything.
-        clip_eps: how far a value may move from its old value before the error stops falling; None is unclipped.
+        clip_eps: how far a value may move from its old value before the error stops falling; None is
+            unclipped.
         coef: factor of the squared error.
         reduction, normalizer, cu_seqlens: as in `policy_loss`.
 
@@ -489,12 +501,13 @@ def ppo_loss_ref(
     old_values: Tensor,
     returns: Tensor,
     mask: Tensor | None = None,
-    **options: object,
+    **options: Any,
 ) -> PPOLoss:
     """`ppo_loss` in float64."""
-    tensors = (t.double() for t in (logprobs, old_logprobs, advantages, values, old_values, returns))
+    policy = (logprobs.double(), old_logprobs.double(), advantages.double())
+    critic = (values.double(), old_values.double(), returns.double())
     for name in ("importance_weights", "entropy", "ref_logprobs"):
         extra = options.get(name)
         if isinstance(extra, Tensor):
             options[name] = extra.double()
-    return ppo_loss(*tensors, mask, **options)  # type: ignore[arg-type, misc]
+    return ppo_loss(*policy, *critic, mask, **options)

@@ -2,13 +2,15 @@
 
 Every loss here is `sum_i w_i * term_i` with weights known before any term is:
 
-    token-sum           w_i = 1 / normalizer                    normalizer defaults to 1
-    token-mean          w_i = 1 / normalizer                    ... to the number of unmasked tokens
-    seq-mean-token-sum  w_i = 1 / normalizer                    ... to the number of sequences with an unmasked token
-    seq-mean-token-mean w_i = 1 / (tokens of i's sequence * normalizer)                               ... likewise
+    token-sum             w_i = 1 / normalizer                                    normalizer: 1
+    token-mean            w_i = 1 / normalizer                                    unmasked tokens
+    seq-mean-token-sum    w_i = 1 / normalizer                                    sequences
+    seq-mean-token-mean   w_i = 1 / (tokens of i's sequence * normalizer)         sequences
 
-A masked token has w_i = 0. Given the same `normalizer`, the losses of micro-batches or ranks add up to the loss of the
-whole batch (for the seq-* forms each sequence must lie in one of them).
+The last column is what `normalizer` defaults to; sequences without an unmasked token do not count.
+
+A masked token has w_i = 0. Given the same `normalizer`, the losses of micro-batches or ranks add up to the
+loss of the whole batch (for the seq-* forms each sequence must lie in one of them).
 """
 
 from __future__ import annotations
@@ -81,15 +83,14 @@ def token_weights(
     return weights / tokens.clamp(min=1) if reduction == "seq-mean-token-mean" else weights
 
 
-def _per_token_weights(
-    mask: Tensor | None, like: Tensor, reduction: str, normalizer: float | Tensor | None
-) -> Tensor:
+def _per_token_weights(mask: Tensor | None, like: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
     present = torch.ones_like(like) if mask is None else mask.to(like.dtype)
     if normalizer is not None:
         return present / normalizer
     return present if reduction == "token-sum" else present / present.sum().clamp(min=1)
 
 
-def masked_average(x: Tensor, mask: Tensor | None, count: Tensor) -> Tensor:
-    """Mean of `x` (0 at masked positions already) over `count` tokens; 0 where there are none."""
-    return x.sum(dtype=torch.float32 if x.dtype != torch.float64 else None) / count.clamp(min=1)
+def average(x: Tensor, count: Tensor) -> Tensor:
+    """fp32 mean over `count` tokens of `x`, which is 0 at masked positions; 0 where there are none."""
+    total = x.sum() if x.dtype == torch.float64 else x.sum(dtype=torch.float32)
+    return (total / count.clamp(min=1)).float()

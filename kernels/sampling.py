@@ -1,13 +1,15 @@
 """Drawing the next token of each row: repetition penalty, temperature, top-k, top-p, draw.
 
-    z' = z / penalty where z >= 0, z * penalty where z < 0, for each token of `seen`     CTRL, arXiv 1909.05858, section 4.1
+    z' = z / penalty where z >= 0, z * penalty where z < 0, for each token of `seen`
     p = softmax(z' / temperature) cut to the top k, renormalised, cut to the top p, renormalised
     token = the first whose cumulative p, in order of token ids, exceeds u
 
-Top-k keeps the k most probable tokens; top-p the smallest set in descending probability whose mass reaches p (arXiv
-1904.09751); ties at either border go to the lower id; at least one token is kept.
-`u` is a function of the row's (seed, position) alone: the first word of Philox4x32-10 (Salmon et al., SC 2011) with the
-seed as key and the position as counter, turned into a float in [0, 1) as `tl.rand(seed, position)` does.
+The penalty is that of CTRL (arXiv 1909.05858, section 4.1), each distinct token taking it once.
+Top-k keeps the k most probable tokens; top-p the smallest set in descending probability whose mass reaches p
+(arXiv 1904.09751); ties at either border go to the lower id; at least one token is kept.
+`u` is a function of the row's (seed, position) alone: the first word of Philox4x32-10 (Salmon et al., SC
+2011) with the seed as key and the position as counter, turned into a float in [0, 1) as `tl.rand(seed,
+position)` does.
 """
 
 from __future__ import annotations
@@ -23,15 +25,14 @@ Option = float | int | Tensor
 _LOW_WORD = 0xFFFFFFFF
 _PHILOX_ROUNDS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)
-_CANDIDATES = (64, 1024)  # how many of the largest are looked at for the border of top-p before bisection, on a CPU
-_MAX_CANDIDATES = 1024
+_CANDIDATES = (64, 1024)  # of the largest, looked at for a border before bisection, on a CPU
 _ELEMENTS_AT_ONCE = 1 << 19  # of the logits, on a CPU: what stays in cache
 _UNIFORM_SCALE = 4.6566127342e-10  # (2^23 - 1) / 2^23 / 2^31, so that the largest word stays below 1 in fp32
 
 
 class Sample(NamedTuple):
-    """tokens [R] int64; logprobs [R] fp32 at temperature 1 on the unprocessed logits; behavior_logprobs [R] fp32 under the
-    distribution the token was drawn from."""
+    """tokens [R] int64; logprobs [R] fp32 at temperature 1 on the unprocessed logits; behavior_logprobs [R]
+    fp32 under the distribution the token was drawn from."""
 
     tokens: Tensor
     logprobs: Tensor
@@ -41,9 +42,7 @@ class Sample(NamedTuple):
 def philox(seeds: Tensor, positions: Tensor) -> Tensor:
     """[4, R] int64: the words of Philox4x32-10 with key `seeds` and counter `positions`, both int64 of 64 bits."""
     counter = torch.stack([positions, positions >> 32]) & _LOW_WORD
-    return philox_words(
-        torch.cat([counter, torch.zeros_like(counter)]), torch.stack([seeds, seeds >> 32]) & _LOW_WORD
-    )
+    return philox_words(torch.cat([counter, torch.zeros_like(counter)]), torch.stack([seeds, seeds >> 32]) & _LOW_WORD)
 
 
 def philox_words(counter: Tensor, key: Tensor) -> Tensor:
@@ -99,7 +98,13 @@ def sample_ref(
 
 
 def processed_probs_ref(
-    logits: Tensor, *, temperature: float, top_k: int, top_p: float, repetition_penalty: float, seen: Tensor | None
+    logits: Tensor,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seen: Tensor | None,
 ) -> Tensor:
     """[V] float64: the distribution one row is drawn from, by a stable descending sort."""
     z = logits.double().clone()
@@ -131,7 +136,8 @@ class _Options(NamedTuple):
     seen: Tensor | None
 
     def rows(self, rows: slice) -> _Options:
-        return _Options(*(o[rows] if isinstance(o, Tensor) and o.dim() else o for o in self))
+        """The same for a chunk of the rows."""
+        return _Options(*(o[rows] if isinstance(o, Tensor) else o for o in self))  # type: ignore[arg-type]
 
     @property
     def greedy(self) -> bool:
@@ -142,35 +148,34 @@ class _Options(NamedTuple):
         return all(o is None for o in self[:4])
 
 
-def _option(value: Option, neutral: float, n_rows: int, device: torch.device, name: str) -> Tensor | float | None:
+def _column(value: Option, n_rows: int, logits: Tensor, name: str) -> Tensor | float:
+    """A scalar as it is, a tensor as a column [R, 1]."""
     if not isinstance(value, Tensor):
-        return None if value == neutral else float(value)
+        return float(value)
     if value.dim() and value.shape != (n_rows,):
         raise ValueError(f"{name} has shape {tuple(value.shape)}, expected a scalar or ({n_rows},)")
-    return value.to(device).expand(n_rows)[:, None]
+    return value.to(logits.device).expand(n_rows)[:, None]
 
 
 def _options(
     logits: Tensor, temperature: Option, top_k: Option, top_p: Option, penalty: Option, seen: Tensor | None
 ) -> _Options:
     n_rows, vocab = logits.shape
-    top_k = 0 if not isinstance(top_k, Tensor) and not 0 < top_k < vocab else top_k
-    top_p = 1.0 if not isinstance(top_p, Tensor) and top_p >= 1.0 else top_p
-    temperature_, top_k_, top_p_, penalty_ = (
-        _option(value, neutral, n_rows, logits.device, name)
-        for value, neutral, name in (
-            (temperature, 1.0, "temperature"),
-            (top_k, 0, "top_k"),
-            (top_p, 1.0, "top_p"),
-            (penalty, 1.0, "repetition_penalty"),
-        )
-    )
-    if seen is None or seen.numel() == 0:
-        penalty_, seen = None, None
-    elif seen.shape[0] != n_rows:
+    if seen is not None and seen.shape[0] != n_rows:
         raise ValueError(f"seen has {seen.shape[0]} rows, logits {n_rows}")
-    top_k_ = int(top_k_) if isinstance(top_k_, float) else top_k_
-    return _Options(temperature_, top_k_, top_p_, penalty_, seen)
+    k = _column(top_k, n_rows, logits, "top_k")
+    k = k if isinstance(k, Tensor) else int(k)
+    p = _column(top_p, n_rows, logits, "top_p")
+    t = _column(temperature, n_rows, logits, "temperature")
+    c = _column(penalty, n_rows, logits, "repetition_penalty")
+    unpenalised = seen is None or seen.numel() == 0 or (isinstance(c, float) and c == 1.0)
+    return _Options(
+        temperature=None if isinstance(t, float) and t == 1.0 else t,
+        top_k=None if isinstance(k, int) and not 0 < k < vocab else k,
+        top_p=None if isinstance(p, float) and p >= 1.0 else p,
+        penalty=None if unpenalised else c,
+        seen=None if unpenalised else seen,
+    )
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
@@ -182,126 +187,115 @@ def penalise(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     return logits.scatter(1, index, z)
 
 
-def cut_top_k(e: Tensor, k: Tensor | int) -> Tensor:
-    """Zeroes all but the k largest of each row (ties by lower index); k outside 1 .. V-1 keeps all."""
-    vocab = e.shape[1]
-    if isinstance(k, Tensor):
-        wanted = torch.where((k > 0) & (k < vocab), k, vocab)
-        threshold = _largest_threshold(e, wanted, _count_at_least)
-    elif e.device.type == "cpu" and k <= _MAX_CANDIDATES:
-        wanted, threshold = e.new_full((e.shape[0], 1), k), e.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+def cut_top_k(p: Tensor, k: Tensor | int) -> Tensor:
+    """Zeroes all but the k largest of each row (ties by lower index); a k outside 1 .. V-1 keeps all."""
+    vocab = p.shape[1]
+    wanted = torch.where((k > 0) & (k < vocab), k, vocab) if isinstance(k, Tensor) else p.new_full((len(p), 1), k)
+    if p.device.type == "cpu" and isinstance(k, int) and k <= _CANDIDATES[-1]:
+        threshold = p.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
     else:
-        wanted = e.new_full((e.shape[0], 1), k)
-        threshold = _largest_threshold(e, wanted, _count_at_least)
-    above = (e > threshold).sum(1, keepdim=True)
-    return _keep(e, threshold, wanted - above)
+        threshold = _largest_threshold(p, wanted, _count_at_least)
+    return _keep(p, threshold, wanted - (p > threshold).sum(1, keepdim=True))
 
 
-def cut_top_p(e: Tensor, p: Tensor | float) -> Tensor:
-    """Zeroes all but the smallest set of each row, largest first (ties by lower index), with p of the row's mass."""
-    total = row_sums(e)
-    target = (total * p).clamp(min=torch.finfo(torch.float32).tiny).minimum(total)
-    threshold, mass = _threshold_of_mass(e, target)
-    return _keep(e, threshold, torch.ceil((target - mass) / threshold).clamp(min=1))
+def cut_top_p(p: Tensor, top_p: Tensor | float) -> Tensor:
+    """Zeroes all but the smallest set of each row, largest first (ties by lower index), with `top_p` of the
+    row's mass."""
+    total = _row_sums(p)
+    target = (total * top_p).clamp(min=torch.finfo(torch.float32).tiny).minimum(total)
+    threshold = _threshold_of_mass(p, target)
+    above = _row_sums(torch.where(p > threshold, p, 0.0))
+    return _keep(p, threshold, torch.ceil((target - above) / threshold).clamp(min=1))
 
 
-def _keep(e: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
+def _keep(p: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
     """Keeps what is above the threshold, and the first `ties` elements at it."""
-    tied = e == threshold
-    if e.device.type == "cpu" and not bool((tied.sum(1, keepdim=True) > ties).any()):
-        return torch.where(e >= threshold, e, 0.0)
-    return torch.where((e > threshold) | (tied & (tied.cumsum(1) <= ties)), e, 0.0)
+    tied = p == threshold
+    if p.device.type == "cpu" and not bool((tied.sum(1, keepdim=True) > ties).any()):
+        return torch.where(p >= threshold, p, 0.0)
+    return torch.where((p > threshold) | (tied & (tied.cumsum(1) <= ties)), p, 0.0)
 
 
-def _threshold_of_mass(e: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest t with sum of {e >= t} >= target, and the sum of {e > t}, both [R, 1]."""
-    if e.device.type == "cpu":
-        for size in _CANDIDATES:
-            if size < e.shape[1]:
-                values = e.topk(size, dim=1).values
-                mass = values.cumsum(1, dtype=torch.float64)
-                if bool((mass[:, -1:] >= target).all()):
-                    border = (mass < target).sum(1, keepdim=True)
-                    threshold = values.gather(1, border)
-                    return threshold, torch.where(values > threshold, values, 0.0).sum(1, keepdim=True, dtype=torch.float64)
-    threshold = _largest_threshold(e, target, _mass_at_least)
-    return threshold, row_sums(torch.where(e > threshold, e, 0.0))
+def _threshold_of_mass(p: Tensor, target: Tensor) -> Tensor:
+    """The largest t with sum of {p >= t} >= target, [R, 1]; on a CPU looked for among the largest elements first."""
+    sizes = _CANDIDATES if p.device.type == "cpu" else ()
+    for size in sizes:
+        if size < p.shape[1]:
+            values = p.topk(size, dim=1).values
+            mass = values.cumsum(1, dtype=torch.float64)
+            if bool((mass[:, -1:] >= target).all()):
+                return values.gather(1, (mass < target).sum(1, keepdim=True))
+    return _largest_threshold(p, target, _mass_at_least)
 
 
-def _mass_at_least(e: Tensor, t: Tensor) -> Tensor:
-    return row_sums(torch.where(e >= t, e, 0.0))
+def _mass_at_least(p: Tensor, t: Tensor) -> Tensor:
+    return _row_sums(torch.where(p >= t, p, 0.0))
 
 
-def _count_at_least(e: Tensor, t: Tensor) -> Tensor:
-    return (e >= t).sum(1, keepdim=True)
+def _count_at_least(p: Tensor, t: Tensor) -> Tensor:
+    return (p >= t).sum(1, keepdim=True)
 
 
-def _largest_threshold(e: Tensor, target: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The largest t >= 0 with measure(e, t) >= target, by bisection on the bits of non-negative fp32, which order as it."""
-    low = torch.zeros(e.shape[0], 1, dtype=torch.int32, device=e.device)
-    high = e.amax(1, keepdim=True).view(torch.int32) + 1
+def _largest_threshold(p: Tensor, target: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The largest t >= 0 with measure(p, t) >= target, by bisection on bits: those of fp32 >= 0 order as the
+    numbers do."""
+    low = torch.zeros(p.shape[0], 1, dtype=torch.int32, device=p.device)
+    high = p.amax(1, keepdim=True).view(torch.int32) + 1
     for _ in range(31):
         middle = low + (high - low) // 2
-        enough = measure(e, middle.view(torch.float32)) >= target
+        enough = measure(p, middle.view(torch.float32)) >= target
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low.view(torch.float32)
 
 
-def row_sums(e: Tensor) -> Tensor:
-    """[R, 1] fp64 sums of rows, the same bits whatever the other rows and the number of threads."""
-    return e.sum(1, keepdim=True, dtype=torch.float64)
+def _row_sums(p: Tensor) -> Tensor:
+    return p.sum(1, keepdim=True, dtype=torch.float64)
 
 
-def _exp_shifted(z: Tensor, temperature: Tensor | float | None) -> Tensor:
-    """exp((z - max z) / temperature)."""
-    shifted = z - z.amax(1, keepdim=True)
-    if temperature is not None:
-        shifted = shifted.div_(temperature)
-    return shifted.exp_()
-
-
-def _draw(e: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+def _draw(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """(token [R], its log-prob [R]) by inverse CDF over unnormalised probabilities, in order of token ids."""
-    cdf = e.cumsum(1, dtype=torch.float64)
+    cdf = p.cumsum(1, dtype=torch.float64)
     total = cdf[:, -1:]
-    token = torch.searchsorted(cdf, u[:, None] * total, right=True).clamp_(max=e.shape[1] - 1)
-    return token.squeeze(1), (e.gather(1, token).double().log() - total.log()).squeeze(1)
+    token = torch.searchsorted(cdf, u[:, None] * total, right=True).clamp_(max=p.shape[1] - 1)
+    return token.squeeze(1), (p.gather(1, token).double().log() - total.log()).squeeze(1)
 
 
-def _logprobs_at(z: Tensor, tokens: Tensor) -> Tensor:
-    """Log-softmax of `z` at the tokens, [R]."""
-    top = z.amax(1, keepdim=True)
-    log_sum = row_sums((z - top).exp_()).log()
-    return ((z.gather(1, tokens[:, None]) - top).double() - log_sum).squeeze(1)
+def _logprobs_at(z: Tensor, p: Tensor, tokens: Tensor) -> Tensor:
+    """Log-softmax of `z` at the tokens [R], given the softmax `p`, whose largest element is 1 / sum of exp(z
+    - max z)."""
+    chosen = z.gather(1, tokens[:, None]).squeeze(1)
+    return (chosen - z.amax(1)) + p.amax(1).log()
 
 
 def _sample_rows(logits: Tensor, options: _Options, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     z = logits.float()
+    p = torch.softmax(z, 1)
     if options.off:
-        token, logprob = _draw(_exp_shifted(z, None), u)
-        return token, logprob, logprob
-    processed = z if options.penalty is None or options.seen is None else penalise(z, options.seen, options.penalty)
+        tokens, _ = _draw(p, u)
+        logprobs = _logprobs_at(z, p, tokens)
+        return tokens, logprobs, logprobs
+    penalised = z if options.penalty is None or options.seen is None else penalise(z, options.seen, options.penalty)
     if options.greedy:
-        token = processed.argmax(1)
-        behavior = torch.zeros_like(u)
+        tokens, behavior = penalised.argmax(1), torch.zeros_like(u)
     else:
-        token, behavior = _sample_processed(processed, options, u)
-    return token, _logprobs_at(z, token), behavior
+        tokens, behavior = _sample_processed(penalised, options, u)
+    return tokens, _logprobs_at(z, p, tokens), behavior
 
 
 def _sample_processed(z: Tensor, options: _Options, u: Tensor) -> tuple[Tensor, Tensor]:
-    temperature = options.temperature
-    greedy = temperature == 0 if isinstance(temperature, Tensor) else None
-    if greedy is not None:
-        temperature = torch.where(greedy, 1.0, temperature)
-    e = _exp_shifted(z, temperature)
-    e = e if options.top_k is None else cut_top_k(e, options.top_k)
-    e = e if options.top_p is None else cut_top_p(e, options.top_p)
-    token, logprob = _draw(e, u)
+    """(token, its log-prob under the processed distribution)."""
+    temperature, greedy = options.temperature, None
+    if isinstance(temperature, Tensor):
+        greedy = (temperature == 0).squeeze(1)
+        temperature = torch.where(temperature == 0, 1.0, temperature)
+    scaled = z if temperature is None else (z - z.amax(1, keepdim=True)).div_(temperature)
+    p = torch.softmax(scaled, 1)
+    p = p if options.top_k is None else cut_top_k(p, options.top_k)
+    p = p if options.top_p is None else cut_top_p(p, options.top_p)
+    tokens, logprobs = _draw(p, u)
     if greedy is None:
-        return token, logprob
-    greedy = greedy.squeeze(1)
-    return torch.where(greedy, z.argmax(1), token), torch.where(greedy, 0.0, logprob)
+        return tokens, logprobs
+    return torch.where(greedy, z.argmax(1), tokens), torch.where(greedy, 0.0, logprobs)
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """Masked means, variances and whitening.
 
-    mean = sum_i m_i x_i / n          var = sum_i m_i (x_i - mean)^2 / (n - 1)          whitened = (x - mean) / sqrt(var + eps)
+    mean = sum_i m_i x_i / n          var = sum_i m_i (x_i - mean)^2 / (n - 1)
+    whitened = (x - mean) / sqrt(var + eps)
 
-over all unmasked elements, or within segments (sequences, groups). With a process group the moments are those of all
-ranks together (Chan et al. 1979, merged by count, mean and m2 = sum (x - mean)^2).
+over all unmasked elements, or within segments (sequences, groups). With a process group the moments are those
+of all ranks together (Chan et al. 1979, merged by count, mean and m2 = sum (x - mean)^2).
 """
 
 from __future__ import annotations
@@ -20,13 +21,18 @@ from .reductions import check_mask, keep, loss_dtype
 class Moments(NamedTuple):
     """count, mean and m2 = sum (x - mean)^2 of unmasked elements: 0-dim, or one per segment [G]."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # shadows tuple.count
     mean: Tensor
     m2: Tensor
 
 
 def masked_whiten_ref(
-    x: Tensor, mask: Tensor | None = None, *, shift_mean: bool = True, unbiased: bool = True, eps: float = 1e-8
+    x: Tensor,
+    mask: Tensor | None = None,
+    *,
+    shift_mean: bool = True,
+    unbiased: bool = True,
+    eps: float = 1e-8,
 ) -> Tensor:
     """`masked_whiten` over all elements, in float64."""
     mask = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.bool()
@@ -106,7 +112,8 @@ def whitening(
 ) -> tuple[Tensor, Tensor]:
     """(mean, rstd) such that `(x - mean) * rstd` is whitened: the `whiten` argument of the policy losses.
 
-    `Moments(*shaped_gae(...)[-3:])` gives them for advantages. Without `shift_mean` the mean survives the scaling.
+    `Moments(*shaped_gae(...)[-3:])` gives them for advantages. Without `shift_mean` the mean survives the
+    scaling.
     """
     of = of if group is None else merge_over(of, group)
     rstd = torch.rsqrt(variance(of, unbiased) + eps)

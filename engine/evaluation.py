@@ -14,7 +14,7 @@ from .batch import Prompt, Rollout, pack_rollouts, split_by_tokens
 from .config import EvalConfig
 from .data import OnBad, Paths, read_prompts, split_by_context
 from .measures import action_metrics
-from .models import CausalModel, Placement, check_same_tokenizer, load_policy, load_tokenizer
+from .models import CausalModel, Placement, check_same_tokenizer, check_vocabulary, load_policy, load_tokenizer
 from .prompts import encode_prompts
 from .rewards import Reward, Source, make_reward
 from .rollout import RolloutEngine, random_seeds
@@ -122,9 +122,11 @@ def evaluate(
     if config.held_out:
         _, dialogues = split_by_context(dialogues, config.held_out, config.runtime.seed)
     items = encode_prompts(format, dialogues[: config.max_prompts], config.max_prompt)
-    reference = load_policy(baseline, placement)
+    trained, reference = (load_policy(folder, placement) for folder in (policy, baseline))
+    for folder, model in ((policy, trained), (baseline, reference)):
+        check_vocabulary(tokenizer, model, folder)
     answers = []
-    for model in (load_policy(policy, placement), reference):
+    for model in (trained, reference):
         engine = RolloutEngine(model, config.rollout, format.eos_token_ids, config.max_prompt)
         answers.append(
             answer_and_judge(
