@@ -20,7 +20,6 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 from environment import environment
-
 from ppomax.engine.demo import DemoConfig, run_demo
 from ppomax.engine.evaluation import Answers, Evaluation
 from ppomax.engine.metrics import read_metrics
@@ -34,8 +33,12 @@ FIGURES = {
     "perplexity under SFT": "ppl/reference",
     "response length, tokens": "response/length_mean",
 }
-CURVES = {"learned reward": "eval/score_mean", "gold": "eval/judge_mean", "KL, nats per response": "eval/kl/ref_per_response",
-          "length, tokens": "eval/response/length_mean"}  # fmt: skip
+CURVES = {
+    "learned reward": "eval/score_mean",
+    "gold": "eval/judge_mean",
+    "KL, nats per response": "eval/kl/ref_per_response",
+    "length, tokens": "eval/response/length_mean",
+}
 STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 97.5 % point by number of seeds
 
 

@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -310,15 +311,18 @@ def _parse(command: str, rest: list[str]) -> Any:
 
 def _from_flags(command: str, rest: list[str], **options: Any) -> Any:
     """The command's dataclass from its flags; InputError where tyro would draw a box on the standard error."""
-    box = io.StringIO()
-    wide = contextlib.nullcontext() if {"-h", "--help"} & set(rest) else _wide_terminal()
+    parse = partial(tyro.cli, COMMANDS[command], args=rest, prog=f"ppomax {command}", **options)
+    if {"-h", "--help"} & set(rest):
+        return parse()
+    shown = io.StringIO()
     try:
-        with contextlib.redirect_stderr(box), wide:
-            return tyro.cli(COMMANDS[command], args=rest, prog=f"ppomax {command}", **options)
+        with contextlib.redirect_stdout(shown), contextlib.redirect_stderr(shown), _wide_terminal():
+            return parse()
     except SystemExit as end:
-        if not end.code:  # --help
-            raise
-        raise InputError(f"{_unboxed(box.getvalue())} (see ppomax {command} --help)") from None
+        if end.code:
+            raise InputError(f"{_without_box(shown.getvalue())} (see ppomax {command} --help)") from None
+        print(shown.getvalue(), end="")
+        raise
 
 
 @contextlib.contextmanager
@@ -334,14 +338,13 @@ def _wide_terminal() -> Iterator[None]:
             os.environ["COLUMNS"] = columns
 
 
-def _unboxed(text: str) -> str:
-    """The message in a box of tyro's as one line, without the help that stands below it."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
-    rows = [line.strip("│").rstrip() for line in text.splitlines() if line.startswith("│")]
-    sections = re.split(r"^ ─+$", "\n".join(rows), flags=re.MULTILINE)
-    kept = [part.strip() for part in sections if not re.match(r"\s*(Argument|For full) helptext", part)]
-    messages = (re.sub(r"\n {9}.*", "", part) for part in kept)  # indented so far: the help of an option
-    return "; ".join(re.sub(r"\s+", " ", message) for message in messages).removeprefix("Error parsing ")
+def _without_box(text: str) -> str:
+    """An error of tyro's in one line: no title, no frame (of plain ASCII, as no terminal shows it), no help."""
+    _, *sections = re.split(r"^ *-+ *\n", text, flags=re.MULTILINE)
+    kept = [section for section in sections if not re.match(r" *(Argument|For full) helptext", section)]
+    messages = [re.sub(r"\n {10}.*", "", section) for section in kept]  # indented so far: the help of an option
+    message = "; ".join(" ".join(message.split()) for message in messages)
+    return message.removeprefix("Error parsing ")
 
 
 def _default(field: Any) -> Any:

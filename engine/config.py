@@ -281,7 +281,7 @@ class PPOConfig:
             _require(self, name, 0, above=True)
         _require(self, "clip_eps", 0, 1, above=True)
         _require(self, "held_out", 0, 0.5)
-        _require(self, "dual_clip", 1, above=True)
+        _require(self, "dual_clip", 1 + self.clip_eps, above=True)
         _require(self, "critic_pretrain_tolerance", 0, 1)
         for name in ("bootstrap_truncated", "normalize_advantages", "ratio_base"):
             _require_choice(self, name)
@@ -302,6 +302,12 @@ class PPOConfig:
     def optimizer_steps(self) -> int:
         """Optimizer steps of the policy over the whole run."""
         return self.iterations * self.ppo_epochs * (self.rollouts_per_iteration // self.minibatch_size)
+
+    @property
+    def critic_pretrain_steps(self) -> int:
+        """Optimizer steps of the critic before the first iteration, at most."""
+        minibatches = self.rollouts_per_iteration // self.minibatch_size
+        return self.critic_pretrain_iterations * self.critic_pretrain_epochs * minibatches
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,6 @@ def experience_metrics(experience: Experience) -> dict[str, float]:
     judged = {} if experience.judged is None else {"reward/judge_mean": float(experience.judged.mean())}
     return {
         **judged,
-        **sampler_gap(rollouts, scored.logprobs),
         "reward/score_mean": float(experience.scores.mean()),
         "reward/score_std": float(experience.scores.std(correction=0)),
         "reward/shaped_score_mean": float(experience.shaped_scores.mean()),

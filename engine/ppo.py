@@ -23,7 +23,7 @@ from ..kernels.api import (
 from .batch import MicroBatch, Prompt, Rollout, cumulative, plan_minibatches
 from .config import PPOConfig
 from .data import ShuffledStream
-from .measures import IterationMetrics, experience_metrics
+from .measures import IterationMetrics, experience_metrics, sampler_gap
 from .models import CausalModel, ScalarModel
 from .optim import Optimizer
 from .rewards import Reward, RunningMoments, reparameterise
@@ -82,9 +82,9 @@ class PPO:
         self.policy, self.critic = policy, critic
         self.reference = reference.requires_grad_(False)
         self.engine = RolloutEngine(policy, config.rollout, stop_tokens, config.max_prompt)
-        steps = config.optimizer_steps
+        steps, critic_steps = config.optimizer_steps, config.optimizer_steps + config.critic_pretrain_steps
         self.policy_optimizer = Optimizer(policy, config.policy_optim, steps, config.grad_clip)
-        self.critic_optimizer = Optimizer(critic, config.critic_optim, steps, config.grad_clip)
+        self.critic_optimizer = Optimizer(critic, config.critic_optim, critic_steps, config.grad_clip)
         self.moments = RunningMoments()
         seed = config.runtime.seed
         self.prompt_stream = ShuffledStream(len(prompts), seed)
@@ -106,7 +106,9 @@ class PPO:
                     metrics.add("policy", self.update_policy(minibatch, experience))
                     metrics.add("critic", self.update_critic(minibatch, experience))
         self.batches += 1
-        return {**experience_metrics(experience), **metrics.result()}
+        # Recorded log-probs are at temperature 1: at another one they say nothing about the recomputed ones.
+        gap = sampler_gap(rollouts, experience.scored.logprobs) if config.logprob_temperature == 1 else {}
+        return {**experience_metrics(experience), **gap, **metrics.result()}
 
     def pretrain_critic(self) -> Iterator[dict[str, float]]:
         """Train the critic on rollouts of the fixed policy until its loss levels off (paper section 5.4).

@@ -22,6 +22,7 @@ from .batch import PackedBatch, pack, split_by_tokens
 from .checkpoint import load_state, save_model
 from .config import RewardModelConfig
 from .data import OnBad, Pair, ShuffledStream, read_pairs, split_by_context
+from .metrics import console
 from .models import (
     CausalModel,
     Model,
@@ -86,6 +87,11 @@ def resume_reward_model(folder: str | Path) -> Path:
 def _finish(run: RunFolder, trainee: _RewardModel, start: int) -> Path:
     train(run, trainee, trainee.config.runtime, start=start)
     save_model(trainee.scalar, trainee.tokenizer, run.path)
+    if trainee.tokenizer.pad_token_id in (None, trainee.tokenizer.eos_token_id):
+        console.print(
+            "note: this tokenizer has no padding token of its own; transformers' classifier then reads a score before "
+            "the end token, not at it (ppomax reads it there)"
+        )
     return run.path
 
 
@@ -141,7 +147,7 @@ class _RewardModel:
         imitation = linear_cross_entropy(
             hidden.index_select(0, batch.rows),
             labels=batch.labels,
-            row_weights=(1.0 / lengths).repeat_interleave(lengths, output_size=batch.num_rows),
+            row_weights=(1.0 / lengths.double()).repeat_interleave(lengths, output_size=batch.num_rows),
             normalizer=pairs,
             **self.causal.head,
         )

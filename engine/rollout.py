@@ -72,6 +72,8 @@ class RolloutEngine:
     @torch.no_grad()
     def stream(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> Iterator[tuple[int, Rollout]]:
         """Yield (index of the prompt, rollout) as responses finish."""
+        if self.requests:
+            raise RuntimeError("another stream of this engine is still being read: take all of it or close it first")
         self._check(prompts, seeds)
         waiting = deque(map(_Request, range(len(prompts)), prompts, seeds))
         try:

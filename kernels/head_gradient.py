@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from .lm_head import Head, HeadGrads, HeadPass, RowGradients, row_chunks, rows_of
 from .matmul import full_precision
+from .reductions import host_sees
 
 # (rows, their logprobs, their entropy) -> gradients with respect to these
 RowGradient = Callable[[slice | Tensor, Tensor, Tensor], RowGradients]
@@ -50,14 +51,13 @@ def sweep(
     head_pass = HeadPass(head, keeps)
     for rows, kept_chunk in row_chunks(labels, kept, head, keeps):
         x = rows_of(hidden, rows, kept_chunk, head.dtype)
-        y = rows_of(labels, rows, kept_chunk, labels.dtype)
+        y = rows_of(labels, rows, kept_chunk, torch.int64)
         stats = head_pass.statistics(x, y)
         values = torch.stack(stats[:2])
         values = values if kept_chunk is None else torch.where(kept_chunk, values, 0.0)
         out[:, rows] = values
         if grads.wanted:
-            upstream = gradient(rows, *values)
-            dx_rows = head_pass.backward(x, y, stats, upstream, grads)
+            dx_rows = head_pass.backward(x, y, stats, gradient(rows, *values), grads)
             if dx is not None and dx_rows is not None:
                 dx[rows] = dx_rows.to(dx.dtype)
     return HeadLoss(out[0], out[1], dx, grads.finish(), grads.bias)
@@ -88,7 +88,7 @@ class FormedGradient(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
         if upstream is None:
             return (None,) * 8
-        unit = upstream.device.type == "cpu" and float(upstream) == 1.0
+        unit = host_sees(upstream) and float(upstream) == 1.0
         if ctx.in_buffer and not unit:
             _require_unit(upstream)
         grads = [g if g is None or unit else (g * upstream).to(g.dtype) for g in ctx.saved_tensors]
@@ -97,7 +97,7 @@ class FormedGradient(torch.autograd.Function):
 
 def _require_unit(upstream: Tensor) -> None:
     message = "weight_grad was filled in the forward: scale the loss by its normalizer, not after it"
-    if upstream.device.type == "cpu":
+    if host_sees(upstream):
         raise RuntimeError(f"{message} (upstream gradient {float(upstream)})")
     torch._assert_async(upstream == 1.0, message)
 

@@ -1,12 +1,16 @@
 """Writes keys and values of new tokens into the block pool of a paged cache.
 
-pool[slot // block_size, slot % block_size] = row          for each token with slot >= 0
+    pool[slot // block_size, slot % block_size] = row
+
+for each token with a slot >= 0.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .reductions import host_sees
 
 
 def write_kv_ref(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: Tensor) -> None:
@@ -34,7 +38,7 @@ def write_kv(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping:
     _check(k, v, k_pool, v_pool, slot_mapping)
     slots, rows = slot_mapping.long(), None
     written = slots >= 0
-    if slots.device.type != "cpu" or not bool(written.all()):
+    if not host_sees(slots) or not bool(written.all()):
         rows = written.nonzero().squeeze(1)
         slots = slots[rows]
     for x, pool in ((k, k_pool), (v, v_pool)):
@@ -50,7 +54,7 @@ def _check(k: Tensor, v: Tensor, k_pool: Tensor, v_pool: Tensor, slot_mapping: T
         raise ValueError(f"slot_mapping has shape {tuple(slot_mapping.shape)}, for {k.shape[0]} tokens")
     if not (k_pool.is_contiguous() and v_pool.is_contiguous()):
         raise ValueError("the pools must be contiguous")
-    if slot_mapping.device.type == "cpu" and slot_mapping.numel():
+    if host_sees(slot_mapping) and slot_mapping.numel():
         largest = int(slot_mapping.max())
         if largest >= k_pool.shape[0] * k_pool.shape[1]:
             raise ValueError(f"slot {largest} is outside a pool of {k_pool.shape[0]} x {k_pool.shape[1]} slots")

@@ -1,6 +1,8 @@
 """Cross-entropy from hidden states and the LM head, its gradient formed in the forward.
 
-loss = sum_i w_i (-logprob_i) / normalizer          logprob_i as in `linear_logprobs.py`
+    loss = sum_i w_i (-logprob_i) / normalizer
+
+with logprob_i as in `linear_logprobs.py`, passes and memory as in `lm_head.py`.
 """
 
 from __future__ import annotations

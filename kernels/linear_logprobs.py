@@ -65,7 +65,7 @@ def head_forward(hidden: Tensor, labels: Tensor, head: Head, kept: Tensor | None
     head_pass = HeadPass(head)
     for rows, kept_chunk in row_chunks(labels, kept, head, "nothing"):
         x = rows_of(hidden, rows, kept_chunk, head.dtype)
-        stats = head_pass.statistics(x, rows_of(labels, rows, kept_chunk, labels.dtype))
+        stats = head_pass.statistics(x, rows_of(labels, rows, kept_chunk, torch.int64))
         values = torch.cat([torch.stack(stats[:4]), stats.shares])
         out[:, rows] = values if kept_chunk is None else torch.where(kept_chunk, values, 0.0)
     return RowStatistics(out[0], out[1], out[2], out[3], out[4:])
@@ -88,7 +88,7 @@ def head_backward(
         x = rows_of(hidden, rows, kept_chunk, head.dtype)
         c, h = (None if g is None else rows_of(g, rows, kept_chunk, head.dtype) for g in upstream)
         assert c is not None
-        y = rows_of(labels, rows, kept_chunk, labels.dtype)
+        y = rows_of(labels, rows, kept_chunk, torch.int64)
         dx_rows = head_pass.backward(x, y, stats.rows(rows), RowGradients(c, h), grads)
         if dx is not None and dx_rows is not None:
             dx[rows] = dx_rows.to(dx.dtype)

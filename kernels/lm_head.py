@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .matmul import matmul_t, pad_rows
-from .reductions import check_mask, loss_dtype
+from .reductions import check_mask, host_sees, loss_dtype
 
 IGNORE_INDEX = -100
 LOWEST = -1e30  # stands for a logit of -inf, which a bias may ask for
@@ -47,7 +47,7 @@ class Head(NamedTuple):
 
     @property
     def on_cpu(self) -> bool:
-        return self.weight.device.type == "cpu"
+        return host_sees(self.weight)
 
     @property
     def scaled(self) -> bool:
@@ -103,7 +103,7 @@ def kept_rows(labels: Tensor, mask: Tensor | None, n_rows: int, vocab: int) -> T
         raise ValueError(f"labels have shape {tuple(labels.shape)}, expected {tuple(shape)}")
     kept = check_mask(mask, shape)
     kept = labels != IGNORE_INDEX if kept is None else kept & (labels != IGNORE_INDEX)
-    if labels.device.type != "cpu":
+    if not host_sees(labels):
         return kept
     if bool(kept.all()):
         kept = None
@@ -132,7 +132,7 @@ def row_chunks(
     labels: Tensor, kept: Tensor | None, head: Head, keeps: str
 ) -> Iterator[tuple[slice | Tensor, Tensor | None]]:
     """Yields (rows, mask of those rows). On a CPU rows that do not count are left out, elsewhere they are masked."""
-    if kept is not None and labels.device.type == "cpu":
+    if kept is not None and host_sees(labels):
         index = kept.nonzero().squeeze(1)
         yield from ((rows, None) for rows in index.split(chunk_rows(index.numel(), head, keeps)) if rows.numel())
         return

@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .linear_logprobs import LogProbs
-from .lm_head import kept_rows
+from .lm_head import LOWEST, kept_rows
 from .matmul import full_precision
-from .reductions import loss_dtype
+from .reductions import host_sees, loss_dtype
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -36,8 +36,9 @@ def logprobs_from_logits_ref(
     return LogProbs(torch.where(kept, chosen, 0.0), torch.where(kept, entropy, 0.0))
 
 
-def _chunks(n_rows: int, vocab: int, device: torch.device) -> Iterator[slice]:
-    elements = CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS << 8
+def _chunks(logits: Tensor) -> Iterator[slice]:
+    n_rows, vocab = logits.shape
+    elements = CHUNK_ELEMENTS if host_sees(logits) else CHUNK_ELEMENTS << 8
     step = max(1, elements // max(vocab, 1))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
@@ -53,56 +54,58 @@ def _scaled(logits: Tensor, rows: slice, kept: Tensor | None, temperature: float
 def _safe_labels(labels: Tensor, kept: Tensor | None, vocab: int) -> Tensor:
     """Labels that can be gathered: 0 where a row does not count or, on a GPU, the label is outside the vocabulary."""
     inside = (labels >= 0) & (labels < vocab)
-    return torch.where(inside if kept is None else inside & kept, labels, 0)
+    return torch.where(inside if kept is None else inside & kept, labels, 0).long()
+
+
+def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, z - max z, log sum exp(z - max z) [r, 1]); overwrites z."""
+    p = torch.softmax(z, 1)
+    d = z.sub_(z.amax(1, keepdim=True))
+    return p, d, -p.amax(1, keepdim=True).log()  # the largest p is 1 / sum
 
 
 @full_precision
-def _forward(
-    logits: Tensor, labels: Tensor, kept: Tensor | None, temperature: float | Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, lse), each [N]."""
+def _forward(logits: Tensor, labels: Tensor, kept: Tensor | None, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy), each [N]."""
     n_rows, vocab = logits.shape
-    logprobs, entropy, lse = logits.new_zeros(3, n_rows, dtype=loss_dtype(logits)).unbind()
-    for rows in _chunks(n_rows, vocab, logits.device):
-        z = _scaled(logits, rows, kept, temperature)
-        top = z.amax(1, keepdim=True)
-        d = z.sub_(top)
-        target = d.gather(1, _safe_labels(labels[rows], None if kept is None else kept[rows], vocab)[:, None])
-        d.clamp_(min=-1e5)  # so that exp(-inf) * -inf is 0
-        e = d.exp()
-        s = e.sum(1)
-        log_s = s.log()
-        logprobs[rows] = target.squeeze(1) - log_s
-        entropy[rows] = log_s - torch.linalg.vecdot(e, d) / s
-        lse[rows] = top.squeeze(1) + log_s
-    if labels.device.type != "cpu":
+    logprobs, entropy = logits.new_zeros(2, n_rows, dtype=loss_dtype(logits)).unbind()
+    for rows in _chunks(logits):
+        p, d, log_sum = _softmax(_scaled(logits, rows, kept, temperature))
+        safe = _safe_labels(labels[rows], None if kept is None else kept[rows], vocab)
+        logprobs[rows] = (d.gather(1, safe[:, None]) - log_sum).squeeze(1)
+        # -inf * 0 is 0 here
+        entropy[rows] = log_sum.squeeze(1) - torch.linalg.vecdot(d.clamp_(min=LOWEST), p)
+    if not host_sees(labels):
         logprobs.masked_fill_((labels < 0) | (labels >= vocab), torch.nan)
     if kept is None:
-        return logprobs, entropy, lse
-    return torch.where(kept, logprobs, 0.0), torch.where(kept, entropy, 0.0), lse
+        return logprobs, entropy
+    return torch.where(kept, logprobs, 0.0), torch.where(kept, entropy, 0.0)
 
 
+@full_precision
 def _backward(
     logits: Tensor,
     labels: Tensor,
     kept: Tensor | None,
     temperature: float | Tensor,
     entropy: Tensor,
-    lse: Tensor,
     c: Tensor,
     h: Tensor | None,
     out: Tensor,
 ) -> None:
     """dL/dlogits into `out`, which may be the logits themselves."""
-    for rows in _chunks(logits.shape[0], logits.shape[1], logits.device):
-        logp = _scaled(logits, rows, kept, temperature).sub_(lse[rows, None]).clamp_(min=-1e5)
-        scale = -c[rows, None] if h is None else -(logp + entropy[rows, None]).mul_(h[rows, None]).add_(c[rows, None])
-        g = logp.exp_().mul_(scale)
-        safe = _safe_labels(labels[rows], None if kept is None else kept[rows], logits.shape[1])
-        g.scatter_add_(1, safe[:, None], c[rows, None])
-        if isinstance(temperature, Tensor) or temperature != 1.0:
-            g.div_(temperature)
-        out[rows] = g
+    vocab = logits.shape[1]
+    for rows in _chunks(logits):
+        z, c_rows = _scaled(logits, rows, kept, temperature), c[rows, None]
+        if h is None:
+            g = torch.softmax(z, 1).mul_(-c_rows)
+        else:
+            p, d, log_sum = _softmax(z)
+            logp = d.clamp_(min=LOWEST).sub_(log_sum)
+            g = p.mul_(logp.add_(entropy[rows, None]).mul_(h[rows, None]).add_(c_rows)).neg_()
+        safe = _safe_labels(labels[rows], None if kept is None else kept[rows], vocab)
+        g.scatter_add_(1, safe[:, None], c_rows)
+        out[rows] = g if not isinstance(temperature, Tensor) and temperature == 1.0 else g.div_(temperature)
 
 
 class _LogProbsFromLogits(torch.autograd.Function):
@@ -115,9 +118,9 @@ class _LogProbsFromLogits(torch.autograd.Function):
         temperature: float | Tensor,
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, lse = _forward(logits, labels, kept, temperature)
+        logprobs, entropy = _forward(logits, labels, kept, temperature)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, kept, entropy, lse)
+        ctx.save_for_backward(logits, labels, kept, entropy)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         return logprobs, entropy
 
@@ -126,12 +129,12 @@ class _LogProbsFromLogits(torch.autograd.Function):
     def backward(ctx: Any, c: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0] or (c is None and h is None):
             return (None,) * 5
-        logits, labels, kept, entropy, lse = ctx.saved_tensors
+        logits, labels, kept, entropy = ctx.saved_tensors
         c = torch.zeros_like(entropy) if c is None else c
         if kept is not None:
             c, h = torch.where(kept, c, 0.0), None if h is None else torch.where(kept, h, 0.0)
         out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
-        _backward(logits.detach(), labels, kept, ctx.temperature, entropy, lse, c, h, out)
+        _backward(logits.detach(), labels, kept, ctx.temperature, entropy, c, h, out)
         return out, None, None, None, None
 
 

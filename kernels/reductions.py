@@ -28,6 +28,11 @@ def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if any(t is not None and t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
+def host_sees(x: Tensor) -> bool:
+    """Whether the host can look at values without waiting for a device: where not, rows are masked, never left out."""
+    return x.device.type == "cpu"
+
+
 def keep(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype` with 0 at masked positions, whatever garbage (NaN, inf) is stored there."""
     x = x if x.dtype == dtype else x.to(dtype)

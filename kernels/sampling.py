@@ -14,19 +14,23 @@ position)` does.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .reductions import host_sees
 
 Option = float | int | Tensor
 
 _LOW_WORD = 0xFFFFFFFF
 _PHILOX_ROUNDS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)
-_CANDIDATES = (64, 1024)  # of the largest, looked at for a border before bisection, on a CPU
-_ELEMENTS_AT_ONCE = 1 << 19  # of the logits, on a CPU: what stays in cache
+_CANDIDATES = (64, 1024)  # how many of the largest are looked at for the border of top-p, on a CPU
+_ELEMENTS_AT_ONCE = 1 << 18  # of the logits, on a CPU: what stays in cache
 _UNIFORM_SCALE = 4.6566127342e-10  # (2^23 - 1) / 2^23 / 2^31, so that the largest word stays below 1 in fp32
 
 
@@ -189,21 +193,26 @@ def penalise(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
 
 def cut_top_k(p: Tensor, k: Tensor | int) -> Tensor:
     """Zeroes all but the k largest of each row (ties by lower index); a k outside 1 .. V-1 keeps all."""
-    vocab = p.shape[1]
-    wanted = torch.where((k > 0) & (k < vocab), k, vocab) if isinstance(k, Tensor) else p.new_full((len(p), 1), k)
-    if p.device.type == "cpu" and isinstance(k, int) and k <= _CANDIDATES[-1]:
-        threshold = p.topk(k, dim=1, sorted=False).values.amin(1, keepdim=True)
+    n_rows, vocab = p.shape
+    k = k if isinstance(k, Tensor) else torch.full((n_rows, 1), k, device=p.device)
+    on = (k > 0) & (k < vocab)
+    k = torch.where(on, k, 1).long()
+    if host_sees(p):
+        threshold = p.topk(int(k.max()), dim=1).values.gather(1, k - 1)
     else:
-        threshold = _largest_threshold(p, wanted, _count_at_least)
-    return _keep(p, threshold, wanted - (p > threshold).sum(1, keepdim=True))
+        threshold = _largest_threshold(p, k, lambda p, t: (p >= t).sum(1, keepdim=True))
+    threshold = torch.where(on, threshold, -1.0)
+    return _keep(p, threshold, k - (p > threshold).sum(1, keepdim=True))
 
 
 def cut_top_p(p: Tensor, top_p: Tensor | float) -> Tensor:
-    """Zeroes all but the smallest set of each row, largest first (ties by lower index), with `top_p` of the
-    row's mass."""
+    """Zeroes all but the smallest set of each row, largest first (ties by lower index), with `top_p` of its mass."""
     total = _row_sums(p)
     target = (total * top_p).clamp(min=torch.finfo(torch.float32).tiny).minimum(total)
-    threshold = _threshold_of_mass(p, target)
+    if host_sees(p):
+        threshold = _threshold_of_mass(p, target, _CANDIDATES)
+    else:
+        threshold = _largest_threshold(p, target, lambda p, t: _row_sums(torch.where(p >= t, p, 0.0)))
     above = _row_sums(torch.where(p > threshold, p, 0.0))
     return _keep(p, threshold, torch.ceil((target - above) / threshold).clamp(min=1))
 
@@ -211,37 +220,41 @@ def cut_top_p(p: Tensor, top_p: Tensor | float) -> Tensor:
 def _keep(p: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
     """Keeps what is above the threshold, and the first `ties` elements at it."""
     tied = p == threshold
-    if p.device.type == "cpu" and not bool((tied.sum(1, keepdim=True) > ties).any()):
+    if host_sees(p) and not bool((tied.sum(1, keepdim=True) > ties).any()):
         return torch.where(p >= threshold, p, 0.0)
     return torch.where((p > threshold) | (tied & (tied.cumsum(1) <= ties)), p, 0.0)
 
 
-def _threshold_of_mass(p: Tensor, target: Tensor) -> Tensor:
-    """The largest t with sum of {p >= t} >= target, [R, 1]; on a CPU looked for among the largest elements first."""
-    sizes = _CANDIDATES if p.device.type == "cpu" else ()
-    for size in sizes:
-        if size < p.shape[1]:
-            values = p.topk(size, dim=1).values
-            mass = values.cumsum(1, dtype=torch.float64)
-            if bool((mass[:, -1:] >= target).all()):
-                return values.gather(1, (mass < target).sum(1, keepdim=True))
-    return _largest_threshold(p, target, _mass_at_least)
+def _threshold_of_mass(p: Tensor, target: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """The largest t with sum of {p >= t} >= target, [R, 1], on a CPU: looked for among the largest elements of each
+    row, in rows where these do not reach it among more of them, and at last by bisection."""
+    if not sizes:
+        return torch.tensor([[_bisect_mass(row, float(t))] for row, t in zip(p, target, strict=True)])
+    values = p.topk(min(sizes[0], p.shape[1]), dim=1).values
+    mass = values.cumsum(1, dtype=torch.float64)
+    threshold = values.gather(1, (mass < target).sum(1, keepdim=True).clamp(max=values.shape[1] - 1))
+    short = (mass[:, -1:] < target).squeeze(1).nonzero().squeeze(1)
+    if short.numel() and values.shape[1] < p.shape[1]:
+        threshold[short] = _threshold_of_mass(p[short], target[short], sizes[1:])
+    return threshold
 
 
-def _mass_at_least(p: Tensor, t: Tensor) -> Tensor:
-    return _row_sums(torch.where(p >= t, p, 0.0))
-
-
-def _count_at_least(p: Tensor, t: Tensor) -> Tensor:
-    return (p >= t).sum(1, keepdim=True)
+def _bisect_mass(row: Tensor, target: float) -> float:
+    """`_threshold_of_mass` of one row [V], by bisection on the bits of t: fp32 >= 0 orders as its bits do."""
+    low, high = 0, 0x3F800001  # the bits of 0 and of what follows 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        below = struct.unpack("f", struct.pack("I", middle - 1))[0]
+        mass = F.threshold(row, below, 0.0).sum(dtype=torch.float64)  # keeps what is above `below`
+        low, high = (middle, high) if float(mass) >= target else (low, middle)
+    return struct.unpack("f", struct.pack("I", low))[0]
 
 
 def _largest_threshold(p: Tensor, target: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The largest t >= 0 with measure(p, t) >= target, by bisection on bits: those of fp32 >= 0 order as the
-    numbers do."""
+    """The largest t >= 0 with measure(p, t) >= target, [R, 1], by bisection without looking at the numbers."""
     low = torch.zeros(p.shape[0], 1, dtype=torch.int32, device=p.device)
-    high = p.amax(1, keepdim=True).view(torch.int32) + 1
-    for _ in range(31):
+    high = torch.full_like(low, 0x3F800001)
+    for _ in range(30):
         middle = low + (high - low) // 2
         enough = measure(p, middle.view(torch.float32)) >= target
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
@@ -261,8 +274,7 @@ def _draw(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _logprobs_at(z: Tensor, p: Tensor, tokens: Tensor) -> Tensor:
-    """Log-softmax of `z` at the tokens [R], given the softmax `p`, whose largest element is 1 / sum of exp(z
-    - max z)."""
+    """Log-softmax of `z` at the tokens [R]; the largest element of its softmax `p` is 1 / sum exp(z - max z)."""
     chosen = z.gather(1, tokens[:, None]).squeeze(1)
     return (chosen - z.amax(1)) + p.amax(1).log()
 
@@ -329,8 +341,8 @@ def sample(
     if seeds.shape != (n_rows,) or positions.shape != (n_rows,):
         raise ValueError(f"seeds {tuple(seeds.shape)} and positions {tuple(positions.shape)} must be ({n_rows},)")
     options = _options(logits, temperature, top_k, top_p, repetition_penalty, seen)
-    u = uniform(seeds.to(logits.device), positions.to(logits.device)).double()
-    step = max(1, _ELEMENTS_AT_ONCE // vocab) if logits.device.type == "cpu" else max(1, n_rows)
+    u = uniform(seeds.to(logits.device).long(), positions.to(logits.device).long()).double()
+    step = max(1, _ELEMENTS_AT_ONCE // vocab) if host_sees(logits) else max(1, n_rows)
     chunks = [slice(start, start + step) for start in range(0, n_rows, step)]
     parts = [_sample_rows(logits[rows], options.rows(rows), u[rows]) for rows in chunks]
     if not parts:

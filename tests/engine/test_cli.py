@@ -61,7 +61,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, ppomax: Callable) -> Callable[..., A
 
     def parse(command: str, *arguments: object) -> Any:
         commands: list[Any] = []
-        monkeypatch.setattr(cli.COMMANDS[command], "run", commands.append)
+        monkeypatch.setattr(cli.COMMANDS[command], "run", lambda command: commands.append(command))
         assert ppomax(command, *arguments).code == 0
         return commands[0]
 
@@ -217,7 +217,7 @@ def test_the_terminals_width_stays_as_it_was(
     if columns:
         monkeypatch.setenv("COLUMNS", columns)
     complaint = ppomax("sft", "--wings", "2" * 100).complaint
-    assert f"--wings, {'2' * 100}" in complaint
+    assert f"--wings {'2' * 100}" in complaint
     assert cli.os.environ.get("COLUMNS") == columns
 
 
@@ -476,8 +476,8 @@ def late(prompts, responses):
 number = 3
 """
 CALLS: dict[str, str] = {
-    "nan": "reward function nan: score 7 is nan, expected a finite number",
-    "infinite": "reward function infinite: score 0 is inf, expected a finite number",
+    "nan": "reward function nan: score 7 is nan, expected a finite float32",
+    "infinite": "reward function infinite: score 0 is inf, expected a finite float32",
     "short": "reward function short: expected 8 scores, got 1",
     "text": "reward function text: expected 8 numbers, got ['good', 'good'",
     "nothing": "reward function nothing: expected 8 numbers, got None",
@@ -527,7 +527,7 @@ def test_a_reward_function_that_fails_later(
     outcome = ppomax(*arguments("ppo", run, **{**NO_EXTRAS, "reward": f"{module}:late"}))
     assert outcome.code == 2
     (line,) = (line for line in outcome.err.splitlines() if line.startswith("ppomax: error:"))
-    assert line == "ppomax: error: reward function late: score 0 is nan, expected a finite number"
+    assert line == "ppomax: error: reward function late: score 0 is nan, expected a finite float32"
     assert outcome.err.splitlines()[-1] == line
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2, 3]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000002"]
@@ -708,3 +708,17 @@ def test_an_interrupted_command(tmp_path: Path, ppomax: Callable, arguments: Cal
     outcome = ppomax(*arguments("sft", tmp_path / "run"))
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
+
+
+def test_a_reader_that_has_seen_enough(capfd: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in `ppomax ppo --help | head`."""
+
+    def closed(arguments: list[str]) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(cli, "_dispatch", closed)
+    monkeypatch.setattr(cli.os, "dup2", lambda *handles: None)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([])
+    assert caught.value.code == 1
+    assert capfd.readouterr() == ("", "")

@@ -98,7 +98,7 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
             (ABOVE_0, NOT_POSITIVE),
         ),
         "clip_eps": ("a number > 0 and <= 1", (0, -0.1, 1.1)),
-        "dual_clip": ("a number > 1", (1, 0.5)),
+        "dual_clip": ("a number > 1.2", (1.2, 1, 0.5)),
         "held_out": (HALF, (-0.1, 0.6)),
         "ratio_base": ("one of 'rollout', 'reference'", ("sft", None)),
         "bootstrap_truncated": (FLAG, ("yes", None)),
@@ -161,7 +161,7 @@ def test_ends_of_the_ranges_are_possible() -> None:
     assert RolloutConfig(temperature=0, top_p=1, max_response=1).top_p == 1
     assert RewardConfig("none", None).clip is None
     assert SFTConfig(max_steps=None, grad_clip=None, held_out=0.5, vocab_size=300).max_steps is None
-    assert PPOConfig(gamma=0, gae_lambda=1, clip_eps=1, dual_clip=1.01, value_clip=None, eval_every=0).gamma == 0
+    assert PPOConfig(gamma=0, gae_lambda=1, clip_eps=1, dual_clip=2.01, value_clip=None, eval_every=0).gamma == 0
     assert EvalConfig(tie_margin=0, max_prompts=1).tie_margin == 0
 
 

@@ -87,6 +87,7 @@ def test_a_loaded_model_lies_where_a_new_one_would(policy_folder: Path) -> None:
     policy = load_policy(policy_folder)
     assert {p.data_ptr() % 64 for p in policy.parameters()} == {0}
 
+
 def test_the_tokenizer_comes_back(policy_folder: Path, tokenizer: Any) -> None:
     again = load_tokenizer(policy_folder)
     assert again.get_vocab() == tokenizer.get_vocab()

@@ -102,7 +102,7 @@ def test_the_head_starts_small_and_from_the_seed(train: Callable, weights_of: Ca
 
 def test_it_learns(train: Callable, tmp_path: Path, write_jsonl: Callable, halves: Any) -> None:
     rows = [{"prompt": f"question {n}", "chosen": f"{n} yes", "rejected": f"{n} no"} for n in range(60)]
-    run = train(data=write_jsonl(tmp_path / "data.jsonl", rows), max_steps=30, eval_every=30, batch_size=16)
+    run = train(data=write_jsonl(tmp_path / "data.jsonl", rows), max_steps=20, eval_every=20, batch_size=16)
     first, last = records(run)[0], records(run)[-1]
     assert last["rm/ranking_loss"] < 0.2 < 0.5 < first["rm/ranking_loss"]
     assert last["rm/held_out_accuracy"] == 1.0
@@ -132,7 +132,7 @@ def test_micro_batches_change_nothing(train: Callable, weights_of: Callable) -> 
 
 @pytest.mark.parametrize(("tokens", "pairs"), [(1, {4}), (10**7, {128})])
 def test_dynamic_batches_hold_4_to_128_pairs(train: Callable, tokens: int, pairs: set[int]) -> None:
-    run = train(max_steps=2, batch_size="none", batch_tokens=tokens, micro_batch_tokens=10**5)
+    run = train(max_steps=1, batch_size="none", batch_tokens=tokens, micro_batch_tokens=10**5)
     assert {record["rm/pairs"] for record in records(run)} == pairs
 
 

@@ -120,9 +120,7 @@ def test_a_function_by_its_name(module: Callable[[str], str]) -> None:
     ],
     ids=["missing", "no-function", "import", "syntax", "quoted", "two-lines", "failing"],
 )
-def test_functions_that_cannot_be_imported(
-    text: str, function: str, match: str, module: Callable[[str], str]
-) -> None:
+def test_functions_that_cannot_be_imported(text: str, function: str, match: str, module: Callable[[str], str]) -> None:
     name = f"{module(text)}:{function}"
     with pytest.raises(InputError, match=match) as raised:
         load_function(name)

@@ -344,6 +344,17 @@ def test_a_seed_each(engine: RolloutEngine) -> None:
         engine.generate([[5], [6]], [0])
 
 
+def test_one_stream_at_a_time(engine: RolloutEngine) -> None:
+    """The rows of two would be handed out to both."""
+    first = stream(engine)
+    taken = [next(first)]
+    with pytest.raises(RuntimeError, match="another stream of this engine is still being read"):
+        engine.generate([[5]], [0])
+    taken += first
+    assert sorted(index for index, _ in taken) == list(range(len(LENGTHS)))
+    assert len(engine.generate([[5]], [0])) == 1
+
+
 def test_nothing_to_do(engine: RolloutEngine) -> None:
     assert engine.generate([], []) == []
 

@@ -263,8 +263,10 @@ def test_a_run_stopped_and_resumed_equals_one_never_stopped(
 
 
 def test_a_run_stopped_after_critic_pretraining(stop_and_resume: Callable, assert_equal_runs: Callable) -> None:
-    runs = stop_and_resume("ppo", PPO, "iterate", 1)
+    """It ended before its time, and does not begin anew."""
+    runs = stop_and_resume("ppo", PPO, "iterate", 1, critic_pretrain_iterations=9, critic_pretrain_tolerance=1.0)
     assert_equal_runs(runs.whole, runs.resumed)
+    assert [r["stage"] for r in records(runs.resumed)] == ["critic"] * 2 + ["ppo"] * 4
 
 
 @pytest.mark.parametrize("stop_at", [4, 5])

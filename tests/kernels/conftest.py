@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -61,7 +61,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 32 rows and tiles of 48 columns, so that small inputs take several of each."""
     from ppomax.kernels import lm_head
 
@@ -69,7 +69,17 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(lm_head, "MIN_ROWS", 32)
     monkeypatch.setattr(lm_head, "TILE_COLUMNS", 48)
     monkeypatch.setattr(lm_head, "TILE_ELEMENTS", 32 * 48)
-    yield
+
+
+@pytest.fixture
+def unseeing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths of a device whose values the host cannot look at, run on a CPU."""
+    from ppomax.kernels import head_gradient, kv_write, lm_head, logprobs, sampling
+
+    for module in (head_gradient, kv_write, lm_head, logprobs, sampling):
+        monkeypatch.setattr(module, "host_sees", lambda x: False)
+    monkeypatch.setattr(lm_head, "CUDA_CHUNK_BYTES", 0)
+    monkeypatch.setattr(lm_head, "CUDA_MIN_ROWS", 32)
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ def test_shapes_that_do_not_fit_raise(head_inputs: Any) -> None:
         lambda: linear_logprobs(hidden, weight, labels, bias=bias[:9]),
         lambda: linear_logprobs(hidden, weight, labels, mask=torch.ones(3, dtype=torch.bool)),
     ):
-        with pytest.raises(ValueError, match="shape|hidden"):
+        with pytest.raises(ValueError, match=r"shape|hidden"):
             bad()
 
 
@@ -283,3 +283,23 @@ def test_kept_logits_are_bounded(vocab: int) -> None:
         assert 4 * rows * vocab <= max(lm_head.CHUNK_BYTES, 4 * lm_head.MIN_ROWS * vocab)
         tile = min(vocab, lm_head.TILE_COLUMNS) * lm_head.chunk_rows(n_rows, head, "nothing")
         assert tile <= max(lm_head.TILE_ELEMENTS, lm_head.MIN_ROWS * lm_head.TILE_COLUMNS)
+
+
+@pytest.mark.usefixtures("unseeing")
+def test_without_looking_at_the_rows(head_inputs: Any) -> None:
+    """Rows that do not count are masked instead of left out; a label outside the vocabulary gives NaN."""
+    hidden, weight, bias, labels = head_inputs(70, 16, 131)
+    mask = torch.rand(70) > 0.3
+    labels[::9] = -100
+    kept = mask & (labels != -100)
+    c, h = torch.randn(2, 70)
+    exact = with_gradients(linear_logprobs_ref, [hidden, weight, bias], labels, c, h, mask=mask)
+    with torch.no_grad():
+        hidden[~kept] = torch.nan
+    labels[~mask], c[~kept] = 10**9, torch.nan
+    ours = with_gradients(linear_logprobs, [hidden, weight, bias], labels, c, h, mask=mask)
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=1e-5)
+    labels[kept.nonzero()[0]] = 131
+    wrong = linear_logprobs(hidden, weight, labels, mask=mask).logprobs
+    assert wrong.isnan().nonzero().tolist() == kept.nonzero()[:1].tolist()

@@ -281,3 +281,20 @@ def test_autocast_changes_nothing(head_inputs: Any) -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = case.run(linear_ppo_loss)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_without_looking_at_the_rows(options: dict, head_inputs: Any, request: pytest.FixtureRequest) -> None:
+    case = Case(head_inputs, (90, 16, 131))
+    expected = case.run(linear_ppo_loss, **options)
+    request.getfixturevalue("unseeing")
+    with torch.no_grad():
+        case.hidden[~case.mask] = torch.nan
+    case.labels[~case.mask] = -7
+    for a, b in zip(case.run(linear_ppo_loss, **options), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    buffer = torch.zeros_like(case.weight, requires_grad=False)
+    args = (case.hidden, case.weight, case.labels, case.old, case.advantages, case.mask)
+    loss = linear_ppo_loss(*args, weight_grad=buffer).loss
+    with pytest.raises(RuntimeError, match="filled in the forward"):
+        (2 * loss).backward()

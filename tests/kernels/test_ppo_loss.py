@@ -215,7 +215,9 @@ def test_masked_tokens_may_hold_anything(garbage: float, fields: Fields) -> None
 
     def run(f: dict[str, Tensor]) -> tuple[Any, Any, list[Tensor]]:
         leaves = [f[n].clone().requires_grad_() for n in ("logprobs", "entropy", "values")]
-        p = policy({**f, "logprobs": leaves[0], "entropy": leaves[1]}, fields.mask, whiten=whiten, **POLICY_OPTIONS["all"])
+        p = policy(
+            {**f, "logprobs": leaves[0], "entropy": leaves[1]}, fields.mask, whiten=whiten, **POLICY_OPTIONS["all"]
+        )
         v = value_loss(leaves[2], f["old_values"], f["returns"], fields.mask)
         return p, v, list(torch.autograd.grad(p.loss + v.loss, leaves))
 
