@@ -1,10 +1,11 @@
 """The demonstration over several seeds: what comes out, with intervals, and one figure.
 
-    python bench/demo_seeds.py --seeds 0 1 2 3 4 --out bench/results/demo_seeds.json
+    python bench/demo_seeds.py --seeds 2 3 4 5 6 --out bench/results/demo_seeds.json
 
-Each seed is a world, a tokenizer, an SFT model, a reward model and both arms of its own. The JSON holds every seed's
-figures beside machine, versions and date; the Markdown table printed at the end is made from it alone, and
-`--table FILE` prints it again. Intervals are 95 % over seeds (Student's t).
+Each seed is a world, a tokenizer, an SFT model, a reward model and both arms of its own; some minutes each. The JSON
+holds every seed's figures beside machine, versions and date, and is written after each: seeds that it holds already are
+not measured again. The Markdown table printed at the end is made from it alone. Intervals are 95 % over seeds
+(Student's t). The settings of the demonstration were tuned on other seeds than the default ones.
 """
 
 from __future__ import annotations
@@ -44,18 +45,17 @@ STUDENT_T = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36}  # 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[2, 3, 4, 5, 6])
     parser.add_argument("--out", type=Path, default=Path("bench/results/demo_seeds.json"))
-    parser.add_argument("--table", type=Path, help="print the table of an earlier result and stop")
     arguments = parser.parse_args()
-    if arguments.table:
-        print(table(json.loads(arguments.table.read_text())["seeds"]))
-        return
-    seeds = {seed: measure(seed) for seed in arguments.seeds}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps({"environment": environment(), "seeds": seeds}, indent=1) + "\n")
+    known = json.loads(arguments.out.read_text())["seeds"] if arguments.out.exists() else {}
+    seeds: dict[str, Any] = {}
+    for seed in arguments.seeds:
+        seeds[str(seed)] = known.get(str(seed)) or measure(seed)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps({"environment": environment(), "seeds": seeds}, indent=1) + "\n")
     draw(seeds, arguments.out.with_suffix(".png"))
-    print(table(json.loads(arguments.out.read_text())["seeds"]))
+    print(table(seeds))
 
 
 def measure(seed: int) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def cell(values: list[float | None]) -> str:
     return f"{mean(known):.2f} ± {half:.2f}"
 
 
-def draw(seeds: dict[int, Any], path: Path) -> None:
+def draw(seeds: dict[str, Any], path: Path) -> None:
     """Held-out curves: thin lines are seeds, thick ones their mean."""
     figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3), layout="constrained")
     for ax, label in zip(axes, CURVES, strict=True):

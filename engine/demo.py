@@ -165,7 +165,7 @@ def _train_arms(config: DemoConfig, arms: Sequence[Arm], folder: Path, files: Ma
         for worker, arm in zip(workers, arms, strict=True):
             worker.join()
             if worker.exitcode:
-                raise RuntimeError(f"training {arm} failed with exit code {worker.exitcode}")
+                raise InputError(f"training {arm} ended with exit code {worker.exitcode}, see its error above")
     finally:
         for worker in workers:
             worker.terminate()

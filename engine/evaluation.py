@@ -121,7 +121,7 @@ def evaluate(
     dialogues = read_prompts(prompts, on_bad)
     if config.held_out:
         _, dialogues = split_by_context(dialogues, config.held_out, config.runtime.seed)
-    items = encode_prompts(format, dialogues[: config.max_prompts], config.max_prompt)
+    items = encode_prompts(format, dialogues[: config.max_prompts], config.max_prompt, on_bad)
     trained, reference = (load_policy(folder, placement) for folder in (policy, baseline))
     for folder, model in ((policy, trained), (baseline, reference)):
         check_vocabulary(tokenizer, model, folder)

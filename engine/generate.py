@@ -40,7 +40,7 @@ def generate(
     dialogues += read_prompts(list(data), on_bad) if data else []
     if not dialogues:
         raise InputError("nothing to answer: give --prompt or --data")
-    prompts = encode_prompts(style, dialogues, config.max_prompt)
+    prompts = encode_prompts(style, dialogues, config.max_prompt, on_bad)
     policy = load_policy(model, placement)
     check_vocabulary(tokenizer, policy, model)
     engine = RolloutEngine(policy, config.rollout, style.eos_token_ids, config.max_prompt)

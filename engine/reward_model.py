@@ -9,6 +9,7 @@ same trunk.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from .models import (
 from .optim import Optimizer
 from .runs import Inputs, RunFolder
 from .supervised import train
-from .templates import Encoded, Style, Template
+from .templates import Encoded, Style, Template, encode_all
 
 EncodedPair = tuple[Encoded, Encoded]
 
@@ -66,7 +67,7 @@ def train_reward_model(
     tokenizer = load_tokenizer(model)
     causal = load_policy(model, Placement.of(config.runtime))
     check_vocabulary(tokenizer, causal, model)
-    trainee = _RewardModel(config, causal, tokenizer, template, pairs)
+    trainee = _RewardModel(config, causal, tokenizer, template, on_bad, pairs)
     run = RunFolder.create(out, "rm", inputs, config, overwrite=overwrite)
     return _finish(run, trainee, start=0)
 
@@ -78,7 +79,9 @@ def resume_reward_model(folder: str | Path) -> Path:
     checkpoint = run.latest_checkpoint()
     causal = load_policy(checkpoint / "language_model", Placement.of(config.runtime))
     tokenizer = load_tokenizer(checkpoint / "language_model")
-    trainee = _RewardModel(config, causal, tokenizer, inputs["template"], read_pairs(inputs["data"], inputs["on_bad"]))
+    trainee = _RewardModel(
+        config, causal, tokenizer, inputs["template"], inputs["on_bad"], read_pairs(inputs["data"], inputs["on_bad"])
+    )
     state = load_state(checkpoint)
     trainee.load_state_dict(state)
     return _finish(run, trainee, start=state["step"])
@@ -107,16 +110,17 @@ class _RewardModel:
         causal: CausalModel,
         tokenizer: PreTrainedTokenizerBase,
         template: Style,
+        on_bad: OnBad,
         pairs: Sequence[Pair],
     ) -> None:
         self.config, self.causal, self.tokenizer = config, causal, tokenizer
         generator = torch.Generator().manual_seed(config.runtime.seed)
         width = causal.config.get_text_config().hidden_size
         self.scalar = scalar_from_causal(causal, std=(width + 1) ** -0.5, generator=generator)
-        encode = Template(tokenizer, template).encode_pair
+        encode = partial(Template(tokenizer, template).encode_pair, limit=config.max_sequence)
         seen, held_out = split_by_context(pairs, config.held_out, config.runtime.seed)
-        self.pairs = [encode(pair, config.max_sequence) for pair in seen]
-        self.held_out = [encode(pair, config.max_sequence) for pair in held_out]
+        self.pairs = encode_all(encode, seen, on_bad)
+        self.held_out = encode_all(encode, held_out, on_bad)
         self.stream = ShuffledStream(len(self.pairs), config.runtime.seed)
         self.total_steps, self.eval_every = config.max_steps, config.eval_every
         trained = nn.ModuleList([self.scalar, self.causal])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .models import CausalModel, Model, Placement, check_vocabulary, load_policy
 from .optim import Optimizer
 from .runs import Inputs, RunFolder
 from .supervised import train
-from .templates import Encoded, Style, Template
+from .templates import Encoded, Style, Template, encode_all
 
 
 def train_sft(
@@ -43,7 +44,7 @@ def train_sft(
     }  # fmt: skip
     dialogues = read_dialogues(inputs["data"], inputs["on_bad"])
     policy, tokenizer = _starting_point(config, inputs, dialogues)
-    trainee = _SFT(config, policy, tokenizer, template, dialogues)
+    trainee = _SFT(config, policy, tokenizer, template, on_bad, dialogues)
     run = RunFolder.create(out, "sft", inputs, config, overwrite=overwrite)
     return _finish(run, trainee, start=0)
 
@@ -55,7 +56,9 @@ def resume_sft(folder: str | Path) -> Path:
     checkpoint = run.latest_checkpoint()
     policy = load_policy(checkpoint / "policy", Placement.of(config.runtime))
     dialogues = read_dialogues(inputs["data"], inputs["on_bad"])
-    trainee = _SFT(config, policy, load_tokenizer(checkpoint / "policy"), inputs["template"], dialogues)
+    trainee = _SFT(
+        config, policy, load_tokenizer(checkpoint / "policy"), inputs["template"], inputs["on_bad"], dialogues
+    )
     state = load_state(checkpoint)
     trainee.load_state_dict(state)
     return _finish(run, trainee, start=state["step"])
@@ -94,13 +97,14 @@ class _SFT:
         policy: CausalModel,
         tokenizer: PreTrainedTokenizerBase,
         template: Style,
+        on_bad: OnBad,
         dialogues: Sequence[Dialogue],
     ) -> None:
         self.config, self.policy, self.tokenizer = config, policy, tokenizer
-        encode = Template(tokenizer, template).encode_dialogue
+        encode = partial(Template(tokenizer, template).encode_dialogue, limit=config.max_sequence)
         seen, held_out = split_by_context(dialogues, config.held_out, config.runtime.seed)
-        self.dialogues = [encode(dialogue, config.max_sequence) for dialogue in seen]
-        self.held_out = [encode(dialogue, config.max_sequence) for dialogue in held_out]
+        self.dialogues = encode_all(encode, seen, on_bad)
+        self.held_out = encode_all(encode, held_out, on_bad)
         self.stream = ShuffledStream(len(self.dialogues), config.runtime.seed)
         steps = config.epochs * math.ceil(len(self.dialogues) / config.batch_size)
         self.total_steps = min(steps, config.max_steps or steps)

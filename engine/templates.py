@@ -18,18 +18,23 @@ is its answer cut, at the end; a user turn never is.
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jinja2 import TemplateError
 
-from .data import Dialogue, Pair, Turn
+from .data import Dialogue, OnBad, Pair, Turn
 from .errors import InputError
 
 Style = Literal["auto", "chat", "en", "zh"]
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Turns = tuple[Turn, ...]
+
+log = logging.getLogger(__name__)
 
 _MARKERS = {"en": ("Human:", "Assistant:", " "), "zh": ("<|Human|>", "<|MOSS|>", "")}
 _PROBE = "probe"
@@ -64,6 +69,26 @@ def check_token_ids(ids: Sequence[int], vocab_size: int, source: str, tokenizer:
     text = "" if tokenizer is None or bad < 0 else f" ({tokenizer.convert_ids_to_tokens(int(bad))!r})"
     found = f"token {place}: found the id {bad}{text}"
     raise InputError(f"{source}: {found}, expected one below the model's vocabulary size {vocab_size}")
+
+
+def encode_all(encode: Callable[[Item], Result], items: Sequence[Item], on_bad: OnBad) -> list[Result]:
+    """`encode` of each item; one that cannot be shortened to the limit raises, or is left out and counted in the log.
+
+    Raises `InputError` too where none of the items is left.
+    """
+    results, bad = [], []
+    for item in items:
+        try:
+            results.append(encode(item))
+        except InputError as error:
+            if on_bad == "raise":
+                raise
+            bad.append(error)
+    if bad and not results:
+        raise bad[0]
+    if bad:
+        log.warning("skipped %d of %d records that do not fit; the first: %s", len(bad), len(items), bad[0])
+    return results
 
 
 class Template:

@@ -30,7 +30,7 @@ from .ppo import PPO
 from .prompts import encode_prompts
 from .rewards import RewardFunction, Source, is_function, make_reward
 from .runs import Inputs, RunFolder
-from .templates import Encoded, Style, Template
+from .templates import Encoded, Style, Template, encode_all
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class PPOTrainer:
             held_out = read_prompts(inputs["eval_prompts"], inputs["on_bad"])
         else:
             seen, held_out = split_by_context(seen, config.held_out, config.runtime.seed)
-        encode = partial(encode_prompts, self.template, limit=config.max_prompt)
+        encode = partial(encode_prompts, self.template, limit=config.max_prompt, on_bad=inputs["on_bad"])
         return encode(seen), encode(held_out)
 
     def _load_critic(self, folder: str | Path, placement: Placement) -> ScalarModel:
@@ -178,7 +178,8 @@ class PPOTrainer:
             )
         dialogues = read_dialogues(self.inputs["ptx"], self.inputs["on_bad"])
         dialogues, _ = split_by_context(dialogues, self.config.held_out, self.config.runtime.seed)
-        return [self.template.encode_dialogue(dialogue, self.config.max_sequence) for dialogue in dialogues]
+        encode = partial(self.template.encode_dialogue, limit=self.config.max_sequence)
+        return encode_all(encode, dialogues, self.inputs["on_bad"])
 
     def __iter__(self) -> Iterator[Step]:
         """Run what is left of the run; logs and saves as it goes where there is a run folder."""

@@ -209,6 +209,11 @@ def test_flags_that_cannot_be(case: str, ppomax: Callable, tmp_path: Path, monke
     assert not any(tmp_path.iterdir())
 
 
+def test_a_complaint_is_one_line_whatever_it_quotes(ppomax: Callable) -> None:
+    complaint = ppomax("sft", "--data", "no\nsuch\nfile", "--out", "out").complaint
+    assert complaint == "no such file: expected a readable file: No such file or directory"
+
+
 @pytest.mark.parametrize("columns", [None, "40"])
 def test_the_terminals_width_stays_as_it_was(
     columns: str | None, ppomax: Callable, monkeypatch: pytest.MonkeyPatch

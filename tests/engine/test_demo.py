@@ -167,7 +167,7 @@ def test_when_one_arm_fails_the_other_is_stopped(tmp_path: Path, monkeypatch: py
             stopped.append(self.arm)
 
     monkeypatch.setattr(demo.multiprocessing, "get_context", lambda kind: SimpleNamespace(Process=Process))
-    with pytest.raises(RuntimeError, match="training vanilla failed with exit code 1"):
+    with pytest.raises(InputError, match="training vanilla ended with exit code 1"):
         demo._train_arms(TINY, ("ppo-max", "vanilla"), tmp_path, {})
     assert stopped == ["ppo-max", "vanilla"]
 

@@ -33,7 +33,7 @@ def new_trainee(pairs: list[Pair], new_policy: Any, tokenizer: Any) -> Any:
             batch_size=10, micro_batch_tokens=budget, imitation_coef=imitation_coef, held_out=0.0, max_sequence=256
         )
         policy = new_policy(seed=1, dtype=torch.float64, vocab_size=len(tokenizer))
-        return _RewardModel(config, policy, tokenizer, "en", pairs)
+        return _RewardModel(config, policy, tokenizer, "en", "raise", pairs)
 
     return build
 

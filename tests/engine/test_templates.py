@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ppomax.engine.data import Dialogue, Pair, Turn, read_pairs
 from ppomax.engine.errors import InputError
-from ppomax.engine.templates import Encoded, Template, check_token_ids
+from ppomax.engine.templates import Encoded, Template, check_token_ids, encode_all
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -418,3 +418,22 @@ def test_real_pairs_encode(name: str) -> None:
         for side in template.encode_pair(pair, 1024):
             assert len(side.tokens) <= 1024
             assert side.mask[-1]
+
+
+# What does not fit
+
+
+def test_items_that_cannot_be_shortened_are_refused_or_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def encode(length: int) -> int:
+        if length > 3:
+            raise InputError(f"needs {length}")
+        return -length
+
+    assert encode_all(encode, [1, 2, 3], "raise") == [-1, -2, -3]
+    with pytest.raises(InputError, match="needs 4"):
+        encode_all(encode, [1, 4, 2], "raise")
+    assert encode_all(encode, [1, 4, 2, 5], "skip") == [-1, -2]
+    assert "skipped 2 of 4 records that do not fit; the first: needs 4" in caplog.text
+    with pytest.raises(InputError, match="needs 5"):
+        encode_all(encode, [5, 6], "skip")
+    assert encode_all(encode, [], "skip") == []
