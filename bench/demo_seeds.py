@@ -92,20 +92,22 @@ def held_out_curves(run: Path) -> dict[str, list[list[float]]]:
 def table(seeds: dict[str, Any]) -> str:
     """Markdown: mean over seeds and half of the 95 % interval."""
     rows = ["| held-out prompts | SFT | PPO-max | vanilla |", "|---|---|---|---|"]
-    for label in [*FIGURES, "learned reward, win - lose", "gold, win - lose"]:
-        cells = (cell([seed[side].get(label) for seed in seeds.values()]) for side in ("sft", *ARMS))
+    for label in FIGURES:
+        cells = (cell([seed[side][label] for seed in seeds.values()]) for side in ("sft", *ARMS))
         rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    for judge in ("learned reward", "gold"):
+        gains = (cell([seed[arm][judge] - seed["sft"][judge] for seed in seeds.values()]) for arm in ARMS)
+        rates = (cell([seed[arm][f"{judge}, win - lose"] for seed in seeds.values()]) for arm in ARMS)
+        rows.append(f"| {judge}, gain over SFT | | " + " | ".join(gains) + " |")
+        rows.append(f"| {judge}, share of wins - share of losses | | " + " | ".join(rates) + " |")
     return "\n".join(rows)
 
 
-def cell(values: list[float | None]) -> str:
-    known = [value for value in values if value is not None]
-    if not known:
-        return ""
-    if len(known) < 2:
-        return f"{known[0]:.2f}"
-    half = STUDENT_T[len(known)] * stdev(known) / math.sqrt(len(known))
-    return f"{mean(known):.2f} ± {half:.2f}"
+def cell(values: list[float]) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.2f}"
+    half = STUDENT_T[len(values)] * stdev(values) / math.sqrt(len(values))
+    return f"{mean(values):.2f} ± {half:.2f}"
 
 
 def draw(seeds: dict[str, Any], path: Path) -> None:
