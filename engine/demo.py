@@ -196,6 +196,6 @@ def _evaluate(config: DemoConfig, arm: Arm, folder: Path, files: Mapping[str, Pa
 def _report(config: DemoConfig, folder: Path, evaluations: Mapping[str, Evaluation], seconds: float) -> None:
     """Table, samples and curves: in the terminal and under `folder`."""
     template = Template(load_tokenizer(folder / "sft"))
-    show_evaluation("SFT", evaluations, template, SAMPLES, folder / "report.md")
+    show_evaluation("SFT", evaluations, template, SAMPLES, folder / "report.md", figure="curves.png")
     plot_curves({arm: folder / arm for arm in evaluations}, folder / "curves.png")
     console.print(f"{seconds:.0f} s. Report: {folder}/report.md, curves: {folder}/curves.png")

@@ -167,9 +167,17 @@ def _cell(text: str) -> str:
 
 
 def show_evaluation(
-    baseline: str, evaluations: Mapping[str, Evaluation], template: Template, samples: int, out: Path | None
+    baseline: str,
+    evaluations: Mapping[str, Evaluation],
+    template: Template,
+    samples: int,
+    out: Path | None,
+    figure: str = "",
 ) -> None:
-    """Print the comparison and the first answers; write both as Markdown where `out` says where."""
+    """Print the comparison and the first answers; write both as Markdown where `out` says where.
+
+    `figure`: an image beside `out` to show in it.
+    """
     rows = evaluation_rows(baseline, evaluations)
     shown = samples_rows(baseline, evaluations, template, samples)
     title = f"{len(next(iter(evaluations.values())).baseline.prompts)} held-out prompts, one answer each"
@@ -179,4 +187,6 @@ def show_evaluation(
         console.print(terminal_table("answers (scores)", shown))
     if out is not None:
         with atomic_file(out) as draft:
-            draft.write_text(f"{title}\n\n{markdown_table(rows)}\n{markdown_table(shown)}", encoding="utf-8")
+            image = f"\n![curves]({figure})\n" if figure else ""
+            text = f"{title}\n\n{markdown_table(rows)}\n{markdown_table(shown)}{image}"
+            draft.write_text(text, encoding="utf-8")

@@ -50,13 +50,15 @@ def assert_complete(folder: Path, arms: list[str]) -> None:
 
 
 def assert_reported(folder: Path, evaluations: dict[str, Evaluation]) -> None:
-    """report.md has the table of these evaluations and eight samples."""
+    """report.md has the table of these evaluations, eight samples and the curves."""
     text = (folder / "report.md").read_text()
     assert text.startswith("8 held-out prompts, one answer each\n\n")
     assert markdown_table(evaluation_rows("SFT", evaluations)) in text
     assert "| gold, win / tie / lose |" in text
     assert "| learned reward, mean |" in text
-    assert len(text.strip().split("\n\n")[-1].splitlines()) == 2 + 8
+    samples, figure = text.strip().split("\n\n")[-2:]
+    assert len(samples.splitlines()) == 2 + 8
+    assert figure == "![curves](curves.png)"
 
 
 @pytest.mark.parametrize("arm", ["ppo-max", "vanilla"])
