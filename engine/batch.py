@@ -67,11 +67,6 @@ class PackedBatch:
     """S counts of learned tokens, on the host"""
 
     @property
-    def cu_rows(self) -> Tensor:
-        """`[S + 1]` int32: where each sequence's learned tokens start and end in an `[N]` field."""
-        return cumulative(self.row_lengths, self.tokens.device)
-
-    @property
     def num_rows(self) -> int:
         return sum(self.row_lengths)
 

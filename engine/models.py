@@ -102,7 +102,10 @@ class CausalModel(_Trunk):
         }
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """float32 logits `[R, V]` of hidden states `[R, H]`: one row per running sequence, in sampling only."""
+        """float32 logits `[R, V]` of hidden states `[R, H]`: one row per running sequence, in sampling only.
+
+        The product itself is in the model's precision: a bfloat16 model's logits are rounded to it.
+        """
         head = self.head
         logits = F.linear(hidden, head["weight"], head["bias"]).float()
         if head["softcap"] is not None:

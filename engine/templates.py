@@ -58,19 +58,6 @@ class _Piece:
 Pieces = list[_Piece]
 
 
-def check_token_ids(ids: Sequence[int], vocab_size: int, source: str, tokenizer: Any = None) -> None:
-    """Raise `InputError` unless all ids lie in [0, `vocab_size`): the rows of the model's embedding.
-
-    The message names the first such id, its place, its text where a `tokenizer` is given, and the size.
-    """
-    if len(ids) == 0 or (min(ids) >= 0 and max(ids) < vocab_size):
-        return
-    place, bad = next((i, token) for i, token in enumerate(ids) if not 0 <= token < vocab_size)
-    text = "" if tokenizer is None or bad < 0 else f" ({tokenizer.convert_ids_to_tokens(int(bad))!r})"
-    found = f"token {place}: found the id {bad}{text}"
-    raise InputError(f"{source}: {found}, expected one below the model's vocabulary size {vocab_size}")
-
-
 def encode_all(encode: Callable[[Item], Result], items: Sequence[Item], on_bad: OnBad) -> list[Result]:
     """`encode` of each item; one that cannot be shortened to the limit raises, or is left out and counted in the log.
 

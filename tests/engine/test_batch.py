@@ -53,14 +53,12 @@ def test_pack_against_a_loop(drawn: Sequences) -> None:
     assert batch.lengths == tuple(map(len, drawn))
     assert batch.row_lengths == tuple(row_lengths)
     assert batch.num_rows == len(labels)
-    assert batch.cu_rows.tolist() == [sum(row_lengths[:i]) for i in range(len(drawn) + 1)]
 
 
 def test_types_of_a_packed_batch() -> None:
     batch = packed([[(5, False), (6, True)], [(7, False)]])
     fields = (batch.tokens, batch.positions, batch.rows, batch.labels, batch.last)
     assert {field.dtype for field in fields} == {torch.int64}
-    assert batch.cu_rows.dtype == torch.int32
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ppomax.engine.data import Dialogue, Pair, Turn, read_pairs
 from ppomax.engine.errors import InputError
-from ppomax.engine.templates import Encoded, Template, check_token_ids, encode_all
+from ppomax.engine.templates import Encoded, Template, encode_all
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -385,19 +385,6 @@ def test_roles_that_a_chat_template_refuses_name_the_source() -> None:
     assert "\n" not in str(caught.value)
     with pytest.raises(InputError, match=r"chat template of .* needs a user turn before the first answer"):
         TEMPLATES["chatml"].encode_prompt(DIALOGUE[1:3], PLENTY)
-
-
-def test_token_ids_outside_the_vocabulary() -> None:
-    tokenizer = TEMPLATES["en"].tokenizer
-    check_token_ids([], 1, "here")
-    check_token_ids([0, 9], 10, "here")
-    with pytest.raises(InputError) as caught:
-        check_token_ids([3, 10, 12], 10, "data.jsonl:4", tokenizer)
-    text = tokenizer.convert_ids_to_tokens(10)
-    expected = f"found the id 10 ({text!r}), expected one below the model's vocabulary size 10"
-    assert str(caught.value) == f"data.jsonl:4: token 1: {expected}"
-    with pytest.raises(InputError, match="token 0: found the id -1, expected"):
-        check_token_ids([-1], 10, "here", tokenizer)
 
 
 # The real file
