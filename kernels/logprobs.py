@@ -5,7 +5,8 @@
 
 with lse_i = log sum_v exp(z_iv), c = dL/dlogprob, h = dL/dentropy.
 
-Rows are taken a few at a time, so that no second array of the logits' size appears but the gradient itself.
+On a GPU one Triton kernel reads the logits once, and one reads and writes them once (`gpu/logprobs.py`). In torch
+rows are taken a few at a time, so that no second array of the logits' size appears but the gradient itself.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .dispatch import dense, temperature_pair, uses_triton
 from .linear_logprobs import LogProbs
 from .lm_head import LOWEST, kept_rows
 from .matmul import full_precision
-from .reductions import host_sees, loss_dtype
+from .reductions import check_mask, host_sees, loss_dtype
 
 CHUNK_ELEMENTS = 1 << 20
 
@@ -65,10 +67,12 @@ def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @full_precision
-def _forward(logits: Tensor, labels: Tensor, kept: Tensor | None, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+def _forward_torch(
+    logits: Tensor, labels: Tensor, kept: Tensor | None, temperature: float | Tensor
+) -> tuple[Tensor, Tensor]:
     """(logprobs, entropy), each [N]."""
     n_rows, vocab = logits.shape
-    logprobs, entropy = logits.new_zeros(2, n_rows, dtype=loss_dtype(logits)).unbind()
+    logprobs, entropy = (logits.new_zeros(n_rows, dtype=loss_dtype(logits)) for _ in range(2))
     for rows in _chunks(logits):
         p, d, log_sum = _softmax(_scaled(logits, rows, kept, temperature))
         safe = _safe_labels(labels[rows], None if kept is None else kept[rows], vocab)
@@ -83,7 +87,7 @@ def _forward(logits: Tensor, labels: Tensor, kept: Tensor | None, temperature: f
 
 
 @full_precision
-def _backward(
+def _backward_torch(
     logits: Tensor,
     labels: Tensor,
     kept: Tensor | None,
@@ -108,19 +112,109 @@ def _backward(
         out[rows] = g if not isinstance(temperature, Tensor) and temperature == 1.0 else g.div_(temperature)
 
 
+@torch.library.custom_op("ppomax::logprobs_forward", mutates_args=())
+def _forward(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, temperature_tensor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs [N], entropy [N], what the Triton backward needs besides)."""
+    if uses_triton(logits):
+        from .gpu import logprobs as triton_path
+
+        return triton_path.forward(logits, labels, mask, temperature, temperature_tensor)
+    kept = kept_rows(labels, mask, *logits.shape)
+    t = temperature if temperature_tensor is None else temperature_tensor
+    return *_forward_torch(logits, labels, kept, t), logits.new_empty(0)
+
+
+@_forward.register_fake
+def _(
+    logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, temperature_tensor: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = [logits.new_empty(labels.shape, dtype=loss_dtype(logits)) for _ in range(2)]
+    shape = (2, labels.numel()) if uses_triton(logits) else (0,)
+    return rows[0], rows[1], logits.new_empty(shape, dtype=torch.float32)
+
+
+def _gradient(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    entropy: Tensor,
+    saved: Tensor,
+    c: Tensor | None,
+    h: Tensor | None,
+    out: Tensor,
+) -> None:
+    """dL/dlogits into `out`, which may be the logits."""
+    if uses_triton(logits):
+        from .gpu import logprobs as triton_path
+
+        triton_path.backward(logits, labels, mask, temperature, temperature_tensor, entropy, saved, c, h, out)
+        return
+    kept = kept_rows(labels, mask, *logits.shape)
+    c = torch.zeros_like(entropy) if c is None else c
+    if kept is not None:
+        c, h = torch.where(kept, c, 0.0), None if h is None else torch.where(kept, h, 0.0)
+    _backward_torch(
+        logits, labels, kept, temperature if temperature_tensor is None else temperature_tensor, entropy, c, h, out
+    )
+
+
+@torch.library.custom_op("ppomax::logprobs_backward", mutates_args=())
+def _backward(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    entropy: Tensor,
+    saved: Tensor,
+    c: Tensor | None,
+    h: Tensor | None,
+) -> Tensor:
+    """dL/dlogits."""
+    out = torch.empty_like(logits)
+    _gradient(logits, labels, mask, temperature, temperature_tensor, entropy, saved, c, h, out)
+    return out
+
+
+@_backward.register_fake
+def _(logits: Tensor, *others: Tensor | float | None) -> Tensor:
+    return torch.empty_like(logits)
+
+
+@torch.library.custom_op("ppomax::logprobs_backward_", mutates_args=("logits",))
+def _backward_in_place(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    entropy: Tensor,
+    saved: Tensor,
+    c: Tensor | None,
+    h: Tensor | None,
+) -> None:
+    """dL/dlogits over the logits."""
+    _gradient(logits, labels, mask, temperature, temperature_tensor, entropy, saved, c, h, logits)
+
+
 class _LogProbsFromLogits(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         logits: Tensor,
         labels: Tensor,
-        kept: Tensor | None,
-        temperature: float | Tensor,
+        mask: Tensor | None,
+        temperature: float,
+        temperature_tensor: Tensor | None,
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy = _forward(logits, labels, kept, temperature)
+        logprobs, entropy, saved = _forward(logits, labels, mask, temperature, temperature_tensor)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(logits, labels, kept, entropy)
+        ctx.save_for_backward(logits, labels, mask, temperature_tensor, entropy, saved)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
         return logprobs, entropy
 
@@ -128,14 +222,14 @@ class _LogProbsFromLogits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, c: Tensor | None, h: Tensor | None) -> tuple[Tensor | None, ...]:
         if not ctx.needs_input_grad[0] or (c is None and h is None):
-            return (None,) * 5
-        logits, labels, kept, entropy = ctx.saved_tensors
-        c = torch.zeros_like(entropy) if c is None else c
-        if kept is not None:
-            c, h = torch.where(kept, c, 0.0), None if h is None else torch.where(kept, h, 0.0)
-        out = logits.detach() if ctx.inplace_backward else torch.empty_like(logits)
-        _backward(logits.detach(), labels, kept, ctx.temperature, entropy, c, h, out)
-        return out, None, None, None, None
+            return (None,) * 6
+        logits, labels, mask, temperature_tensor, entropy, saved = ctx.saved_tensors
+        rows = (labels, mask, ctx.temperature, temperature_tensor, entropy, saved, dense(c), dense(h))
+        if not ctx.inplace_backward:
+            return _backward(logits, *rows), None, None, None, None, None
+        logits = logits.detach()
+        _backward_in_place(logits, *rows)
+        return logits, None, None, None, None, None
 
 
 def logprobs_from_logits(
@@ -160,14 +254,18 @@ def logprobs_from_logits(
         LogProbs(logprobs [...], entropy [...]).
 
     Raises:
-        ValueError: shapes that do not fit; on a CPU a label outside [0, V) other than -100.
+        ValueError: shapes that do not fit; on a CPU a label outside [0, V) other than -100 (elsewhere its row
+            is NaN).
     """
     if logits.shape[:-1] != labels.shape:
         raise ValueError(f"logits {tuple(logits.shape)} do not fit labels {tuple(labels.shape)}")
-    vocab = logits.shape[-1]
-    temperature = temperature.detach() if isinstance(temperature, Tensor) else temperature
-    flat_mask = None if mask is None else mask.reshape(-1)
-    flat_labels = labels.reshape(-1)
-    kept = kept_rows(flat_labels, flat_mask, flat_labels.numel(), vocab)
-    result = _LogProbsFromLogits.apply(logits.reshape(-1, vocab), flat_labels, kept, temperature, inplace_backward)
+    mask = check_mask(mask, labels.shape)
+    flat = logits.reshape(-1, logits.shape[-1])
+    result = _LogProbsFromLogits.apply(
+        flat if flat.stride(1) == 1 else flat.contiguous(),
+        labels.reshape(-1).contiguous(),
+        None if mask is None else mask.reshape(-1).contiguous(),
+        *temperature_pair(temperature, logits),
+        inplace_backward,
+    )
     return LogProbs(*(x.view(labels.shape) for x in result))

@@ -6,6 +6,8 @@ import copy
 import os
 import random
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,12 @@ import torch
 from hypothesis import settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available() and find_spec("triton"):
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # Triton settles while it is imported whether to interpret its own kernels
+        patch.setenv("TRITON_INTERPRET", "1")
+        import_module("triton")
 settings.register_profile("ppomax", deadline=None)  # a first call may take long: imports, caches
 settings.load_profile("ppomax")
 

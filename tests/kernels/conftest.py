@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +15,21 @@ Tensors = Sequence[Tensor | None]
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "triton"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs a test on the torch path, and on the Triton path: on the GPU where there is one (new tensors are on it
+    then), else in Triton's interpreter."""
+    if request.param == "torch":
+        yield "torch"
+    elif torch.cuda.is_available():
+        torch.set_default_device("cuda")
+        yield "triton"
+        torch.set_default_device(None)
+    else:
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        yield "triton"
 
 
 @pytest.fixture

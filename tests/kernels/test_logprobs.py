@@ -8,6 +8,8 @@ from ppomax.kernels import logprobs as module
 from ppomax.kernels.logprobs import logprobs_from_logits, logprobs_from_logits_ref
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 @pytest.fixture
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +125,57 @@ def test_edges() -> None:
     logprobs_from_logits(empty, torch.zeros(0, dtype=torch.int64)).logprobs.sum().backward()
     assert empty.grad is not None
     assert empty.grad.shape == (0, 5)
-    with pytest.raises(ValueError, match="label 5 is outside the vocabulary of 5"):
-        logprobs_from_logits(torch.zeros(2, 5), torch.tensor([0, 5]))
     with pytest.raises(ValueError, match="do not fit"):
         logprobs_from_logits(torch.zeros(2, 5), torch.tensor([0]))
+
+
+def test_label_outside_the_vocabulary(path: str) -> None:
+    logits, labels = torch.zeros(3, 5), torch.tensor([0, 5, -1])
+    if path == "triton":
+        assert logprobs_from_logits(logits, labels).logprobs.isnan().tolist() == [False, True, True]
+    else:
+        with pytest.raises(ValueError, match="label 5 is outside the vocabulary of 5"):
+            logprobs_from_logits(logits, labels)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_rows_split_over_programs(rows: int, no_worse: Any) -> None:
+    logits, labels = (torch.randn(rows, 70_001) * 4).requires_grad_(), torch.randint(0, 70_001, (rows,))
+    c, h = torch.randn(2, rows)
+    no_worse(*(with_gradient(f, logits, labels, c, h) for f in (logprobs_from_logits, plain, logprobs_from_logits_ref)))
+
+
+def test_strided_inputs() -> None:
+    logits, labels = torch.randn(6, 2, 40)[::2, 1].requires_grad_(), torch.randint(0, 40, (6,))[::2]
+    mask = torch.tensor([True, True, False, False, True, True])[::2]
+    strided = with_gradient(logprobs_from_logits, logits, labels, torch.ones(3), torch.ones(3), mask=mask)
+    inputs = (logits.detach().clone().requires_grad_(), labels.clone(), torch.ones(3), torch.ones(3))
+    for a, b in zip(strided, with_gradient(logprobs_from_logits, *inputs, mask=mask.clone()), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_in_one_graph(inplace: bool) -> None:
+    labels, c = torch.randint(0, 40, (5,)), torch.randn(5)
+
+    def loss(x: Tensor) -> Tensor:
+        out = logprobs_from_logits(x * 1.0, labels, inplace_backward=inplace)
+        return (out.logprobs * c).sum() + out.entropy.sum()
+
+    x = torch.randn(5, 40, requires_grad=True)
+    expected = torch.autograd.grad(loss(x), x)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert torch.equal(torch.autograd.grad(compiled(x), x)[0], expected[0])
+
+
+def test_custom_ops_are_sound() -> None:
+    logits, labels, mask = torch.randn(4, 20), torch.randint(0, 20, (4,)), torch.tensor([True, False, True, True])
+    ops = torch.ops.ppomax
+    arguments = (logits, labels, mask, 0.7, None)
+    torch.library.opcheck(ops.logprobs_forward.default, arguments)
+    _, entropy, saved = ops.logprobs_forward(*arguments)
+    for op in (ops.logprobs_backward, ops.logprobs_backward_):
+        torch.library.opcheck(op.default, (*arguments, entropy, saved, torch.randn(4), None))
 
 
 def test_large_vocabulary_and_retained_graph() -> None:

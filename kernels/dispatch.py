@@ -1,0 +1,39 @@
+"""Which path an operation takes: Triton on a GPU and in Triton's interpreter, torch elsewhere.
+
+Every operation is a `torch.library` custom op whose body asks `uses_triton`; the Triton side of `x.py` is
+`gpu/x.py`, imported only where it runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Triton's interpreter is asked for: its kernels run on CPU tensors, slowly."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def uses_triton(*tensors: Tensor | None) -> bool:
+    """Whether an operation on these floating-point tensors runs in Triton: on CUDA or under the interpreter, unless
+    any of them is float64."""
+    given = [t for t in tensors if t is not None]
+    where = all(t.is_cuda for t in given) or (interpreting() and all(t.device.type == "cpu" for t in given))
+    return where and all(t.dtype in TRITON_DTYPES for t in given)
+
+
+def dense(x: Tensor | None) -> Tensor | None:
+    """`x` contiguous: kernels index per-token tensors plainly, and upstream gradients may be expanded scalars."""
+    return None if x is None else x.contiguous()
+
+
+def temperature_pair(temperature: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
+    """(value, None) or (1.0, 0-dim fp32/fp64 tensor on the device of `like`): custom ops take no unions."""
+    if not isinstance(temperature, Tensor):
+        return float(temperature), None
+    return 1.0, temperature.detach().to(like.device)
