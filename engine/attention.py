@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from ..kernels.api import paged_attention, write_kv
+from .exact import attend_by_row
 
 ATTENTION = "ppomax"
 
@@ -37,15 +38,21 @@ class Attention(Protocol):
 class Varlen:
     """Causal attention inside each of the packed sequences, one call a sequence.
 
-    What a sequence gets does not depend on its neighbours in the pack, to the last bit.
+    What a sequence gets does not depend on its neighbours in the pack, to the last bit. Where `exact`, nor on how
+    many of its tokens are computed together (see `exact.py`); rows after those of the sequences then give 0.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
-        self.lengths = list(lengths)
+    def __init__(self, lengths: Sequence[int], *, exact: bool = False) -> None:
+        self.lengths, self.exact = list(lengths), exact
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
+        if self.exact:
+            total = sum(self.lengths)
+            packs = zip(*(x[:total].split(self.lengths) for x in (q, k, v)), strict=True)
+            rows = [attend_by_row(*pack, scale=scale, window=window, softcap=softcap) for pack in packs]
+            return _with_zeros(torch.cat(rows), q.shape[0])
         queries, keys, values = (x.transpose(0, 1).split(self.lengths, dim=1) for x in (q, k, v))
         parts = [_causal(*part, scale, window, softcap) for part in zip(queries, keys, values, strict=True)]
         return torch.cat(parts, dim=1).transpose(0, 1)
@@ -94,16 +101,37 @@ class Paged:
     """`[S + 1]` int32: where each sequence's new tokens start and end"""
     slot_mapping: Tensor
     """`[T]` int64: where each new token's key and value go"""
+    exact: bool = False
+    """As in `Varlen`: one query at a time."""
 
     def attend(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, *, scale: float, window: int | None, softcap: float | None
     ) -> Tensor:
         k_pool, v_pool = self.k_pools[layer], self.v_pools[layer]
+        if self.exact:
+            total = self.slot_mapping.numel()
+            write_kv(k[:total], v[:total], k_pool, v_pool, self.slot_mapping)
+            rows = [
+                attend_by_row(queries, *self._context(s, k_pool, v_pool), scale=scale, window=window, softcap=softcap)
+                for s, queries in enumerate(q[:total].split(self.cu_seqlens_q.diff().tolist()))
+                if queries.shape[0]
+            ]
+            return _with_zeros(torch.cat(rows), q.shape[0])
         write_kv(k, v, k_pool, v_pool, self.slot_mapping)
         return paged_attention(
             q, k_pool, v_pool, self.block_table, self.seq_lens, self.cu_seqlens_q,
             scale=scale, window=window, softcap=softcap,
         )  # fmt: skip
+
+    def _context(self, sequence: int, k_pool: Tensor, v_pool: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values `[t, Hkv, D]` of a sequence's tokens in the cache."""
+        length = int(self.seq_lens[sequence])
+        blocks = self.block_table[sequence, : -(-length // k_pool.shape[1])].long()
+        return k_pool[blocks].flatten(0, 1)[:length], v_pool[blocks].flatten(0, 1)[:length]
+
+
+def _with_zeros(rows: Tensor, count: int) -> Tensor:
+    return torch.cat([rows, rows.new_zeros(count - rows.shape[0], *rows.shape[1:])])
 
 
 def _attend(

@@ -60,4 +60,4 @@ def new_model(name: str, tokenizer: PreTrainedTokenizerBase, placement: Placemen
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    return CausalModel(model.to(device=placement.device, dtype=placement.dtype))
+    return CausalModel(model.to(device=placement.device, dtype=placement.dtype), exact=placement.exact)

@@ -28,6 +28,8 @@ from .attention import ATTENTION, Attention, Varlen
 from .batch import PackedBatch
 from .config import RuntimeConfig
 from .errors import InputError, first_line
+from .exact import pad_to_tiles
+from .linear import speed_up, tiled_linear
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -39,6 +41,8 @@ class Placement:
 
     device: torch.device
     dtype: torch.dtype
+    exact: bool = False
+    """Arithmetic of `exact.py`."""
 
     @classmethod
     def of(cls, runtime: RuntimeConfig) -> Placement:
@@ -50,9 +54,11 @@ class Placement:
             device = torch.empty(0, device=name).device
         except (RuntimeError, AssertionError) as error:
             raise InputError(f"RuntimeConfig.device = {runtime.device!r}: {str(error).splitlines()[0]}") from None
+        if runtime.exact and device.type != "cpu":
+            raise InputError(f"RuntimeConfig.exact = True is a mode of the CPU, and the device is {device}")
         if runtime.dtype == "auto":
-            return cls(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-        return cls(device, getattr(torch, runtime.dtype))
+            return cls(device, torch.float32 if device.type == "cpu" else torch.bfloat16, runtime.exact)
+        return cls(device, getattr(torch, runtime.dtype), runtime.exact)
 
 
 CPU = Placement(torch.device("cpu"), torch.float32)
@@ -63,10 +69,12 @@ class _Trunk(nn.Module):
 
     model: PreTrainedModel
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, *, exact: bool = False) -> None:
         super().__init__()
         # eval(): dropout anywhere would make old and new log-probs differ.
         self.model = model.eval()
+        self.exact = exact
+        speed_up(model)
 
     @property
     def config(self) -> Any:
@@ -78,6 +86,12 @@ class _Trunk(nn.Module):
 
     def trunk(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Last hidden states `[T, H]` of packed tokens `[T]` at positions `[T]`."""
+        if not self.exact:
+            return self._run(tokens, positions, attention)
+        with tiled_linear():
+            return self._run(pad_to_tiles(tokens), pad_to_tiles(positions), attention)[: tokens.numel()]
+
+    def _run(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         output = self.model.base_model(
             input_ids=tokens[None], position_ids=positions[None], use_cache=False, attention=attention
         )
@@ -85,7 +99,7 @@ class _Trunk(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states `[T, H]` of a packed batch."""
-        return self.trunk(batch.tokens, batch.positions, Varlen(batch.lengths))
+        return self.trunk(batch.tokens, batch.positions, Varlen(batch.lengths, exact=self.exact))
 
 
 class CausalModel(_Trunk):
@@ -148,7 +162,7 @@ def load_policy(folder: str | Path, placement: Placement = CPU) -> CausalModel:
     _check_folder(folder)
     if _is_classifier(folder):
         raise InputError(f"{folder}: holds a sequence classifier, expected a causal language model")
-    policy = CausalModel(_load(AutoModelForCausalLM, folder, placement))
+    policy = CausalModel(_load(AutoModelForCausalLM, folder, placement), exact=placement.exact)
     _check_packing(policy, folder)
     return policy
 
@@ -165,7 +179,8 @@ def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarM
     if not _is_classifier(folder) or labels != 1:
         held = f"a classifier with {labels} labels" if _is_classifier(folder) else "no scalar head"
         raise InputError(f"{folder}: holds {held}, expected a sequence classifier with one label (a reward model)")
-    model = ScalarModel(_load(AutoModelForSequenceClassification, folder, placement, num_labels=1))
+    loaded = _load(AutoModelForSequenceClassification, folder, placement, num_labels=1)
+    model = ScalarModel(loaded, exact=placement.exact)
     head = getattr(model.model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise InputError(f"{folder}: {type(model.model).__name__} has no bias-free linear head `score`, expected one")
@@ -193,7 +208,7 @@ def scalar_from_causal(causal: CausalModel, std: float, generator: torch.Generat
     with torch.no_grad():
         head.weight.normal_(0, 1, generator=generator).mul_(std)
     shell.score = head.to(device=weight.device, dtype=weight.dtype)
-    return ScalarModel(shell)
+    return ScalarModel(shell, exact=causal.exact)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -276,7 +291,7 @@ def _check_packing(model: Model, folder: str | Path) -> None:
     tokens %= model.model.get_input_embeddings().weight.shape[0]
     positions = torch.tensor([0, 1, 2, 0, 1], device=model.device)
     try:
-        one, other = (model.trunk(pack, positions, Varlen([3, 2]))[3:] for pack in tokens)
+        one, other = (model.trunk(pack, positions, Varlen([3, 2], exact=model.exact))[3:] for pack in tokens)
         ours = model.logits(one) if isinstance(model, CausalModel) else one
         theirs = _output_alone(model, tokens[0, 3:])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
