@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import OptimConfig, ScheduleConfig
+from .errors import InputError
+from .low_memory import MasterAdamW, Offload, decays
 
 
 def lr_factor(schedule: ScheduleConfig, step: int, total: int) -> float:
@@ -31,17 +33,32 @@ def lr_factor(schedule: ScheduleConfig, step: int, total: int) -> float:
 
 
 class Optimizer:
-    """AdamW for one model, its schedule and its own global gradient-norm clipping."""
+    """AdamW for one model, its schedule and its own global gradient-norm clipping.
+
+    float32 weights with float32 moments are left to `torch.optim.AdamW`; bfloat16 weights, and 8-bit moments, to
+    `low_memory.MasterAdamW`, which trains the float32 masters of which the weights are the rounded upper halves.
+    """
 
     def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int, grad_clip: float | None) -> None:
         self.config, self.total_steps, self.grad_clip = config, total_steps, grad_clip
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.adamw = torch.optim.AdamW(
-            _decay_groups(self.parameters, config.weight_decay),
-            lr=config.lr, betas=config.betas, eps=config.eps, fused=True,
-        )  # fmt: skip
+        self.adamw = _adamw(self.parameters, config)
+        device = self.parameters[0].device
+        self.offload = Offload(self.adamw, device) if config.offload and device.type == "cuda" else None
         self.steps = 0
         self.skipped = 0
+
+    @property
+    def form(self) -> str:
+        """What the state is made of; a run can only go on in the form that it was saved in."""
+        bits = "8-bit" if self.config.moments == "8bit" else "float32"
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in self.parameters})
+        return f"{bits} moments of {' and '.join(dtypes)} weights"
+
+    def bring_in(self) -> None:
+        """Begin to copy offloaded state to the device: call it before the forward pass, which hides the copy."""
+        if self.offload:
+            self.offload.bring_in()
 
     def step(self) -> dict[str, Tensor | float]:
         """Clip, step, clear the gradients. A step whose gradient norm is not finite is skipped and counted.
@@ -49,33 +66,66 @@ class Optimizer:
         Returns:
             grad_norm: before clipping; lr: as used; skipped_steps: so far.
         """
+        self.bring_in()
         lr = self.config.lr * lr_factor(self.config.schedule, self.steps, self.total_steps)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
         if torch.isfinite(norm):
-            if self.grad_clip is not None:
-                torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
-            for group in self.adamw.param_groups:
-                group["lr"] = lr
-            self.adamw.step()
+            if self.offload:
+                self.offload.wait()
+            self._update(lr, norm)
         else:
             self.skipped += 1
-        self.adamw.zero_grad(set_to_none=True)
+        for p in self.parameters:
+            p.grad = None
+        if self.offload:
+            self.offload.send_out()
         self.steps += 1
         return {"grad_norm": norm, "lr": lr, "skipped_steps": float(self.skipped)}
 
+    def _update(self, lr: float, norm: Tensor) -> None:
+        if isinstance(self.adamw, MasterAdamW):
+            # in float32 inside the update: gradients in bfloat16 are rounded once, not twice
+            self.adamw.step(lr, None if self.grad_clip is None else (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
+            return
+        if self.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+
     def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "steps": self.steps, "skipped": self.skipped}
+        if self.offload:
+            self.offload.synchronize()
+        return {"adamw": self.adamw.state_dict(), "form": self.form, "steps": self.steps, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`, whose tensors it takes over.
+
+        Raises:
+            InputError: the state of another form.
+        """
+        saved = state.get("form", "float32 moments of float32 weights")  # the only one there was at first
+        if saved != self.form:
+            raise InputError(
+                f"optimizer state: saved with {saved}, expected {self.form} (OptimConfig.moments, RuntimeConfig.dtype)"
+            )
         self.adamw.load_state_dict(state["adamw"])
+        if self.offload:
+            self.offload.send_out()
         self.steps, self.skipped = state["steps"], state["skipped"]
 
 
-def _decay_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay acts on matrices; norms and biases are left alone."""
-    parameters = list(parameters)
-    return [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def _adamw(parameters: Sequence[Tensor], config: OptimConfig) -> torch.optim.AdamW | MasterAdamW:
+    if config.moments == "8bit" or any(p.dtype == torch.bfloat16 for p in parameters):
+        return MasterAdamW(parameters, config)
+    groups = [
+        {"params": [p for p in parameters if decays(p)], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if not decays(p)], "weight_decay": 0.0},
     ]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+
+
+def _total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Of all gradients as one vector, in at least float32: torch's own leaves that of bfloat16 ones in bfloat16."""
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
