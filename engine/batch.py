@@ -8,7 +8,7 @@ position t - 1, so the heads run on `rows` alone, which is worked out here, on t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import numpy as np
@@ -26,6 +26,21 @@ class Prompt:
 
 
 @dataclass(frozen=True)
+class Request:
+    """A response to sample, from its start or from where it was left."""
+
+    prompt: list[int]
+    seed: int
+    """Of its random numbers, which depend on it and on the token's place alone: 0 to 2^63 - 1."""
+    limit: int | None = None
+    """Tokens of the response at most; None: the engine's `max_response`."""
+    response: list[int] = field(default_factory=list)
+    """Drawn already"""
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Rollout:
     """One sampled response."""
 
@@ -36,6 +51,8 @@ class Rollout:
     """`[len(response)]` float32 on the CPU: at temperature 1 on unprocessed logits, recorded while sampling."""
     finished: bool
     """False: cut off at the limit."""
+    versions: list[int]
+    """Version of the weights that drew each token of the response."""
 
     @property
     def tokens(self) -> list[int]:

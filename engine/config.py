@@ -67,10 +67,17 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    moments: Literal["float32", "8bit"] = "float32"
+    """8 bytes a weight for both, or 2 in blocks of 256. bfloat16 weights keep 2 more in either case: the low bits of
+    the float32 masters that are trained. A run goes on in the form that it was saved in."""
+    offload: bool = False
+    """On a GPU: moments and low bits wait in pinned host memory while the model is not being updated."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
     def __post_init__(self) -> None:
         _require(self, "lr", 0)
+        _require_choice(self, "moments")
+        _require_choice(self, "offload")
         _require(self, "eps", 0, above=True)
         _require(self, "weight_decay", 0)
         betas: Any = self.betas
@@ -87,6 +94,8 @@ class RuntimeConfig:
     """`auto` (a GPU where there is one), `cpu`, `cuda`, `cuda:1`."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights and activations; `auto`: bfloat16 on a GPU, float32 on a CPU. Losses are always float32."""
+    exact: bool = False
+    """On a CPU: arithmetic in which log-probs recorded while sampling equal recomputed ones bit for bit; slow."""
     seed: int = 0
     save_every: int = 100
     """Steps (PPO: iterations) between resumable checkpoints; there is one at the end in any case."""
@@ -97,6 +106,7 @@ class RuntimeConfig:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise _bad_value(self, "device", "'auto', 'cpu', 'cuda' or 'cuda:N'")
         _require_choice(self, "dtype")
+        _require_choice(self, "exact")
         _require(self, "seed", 0, 2**31 - 1)
         _require(self, "save_every", 1)
         _require(self, "keep_checkpoints", 1)
@@ -121,8 +131,13 @@ class RolloutConfig:
     """Prompt tokens computed in one forward pass at most (one prompt always may)."""
     block_size: int = 16
     """Tokens per block of the KV cache."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, as its last part, beside the tokenizer's end tokens."""
 
     def __post_init__(self) -> None:
+        stop: Any = self.stop
+        if not isinstance(stop, (tuple, list)) or not all(isinstance(text, str) and text for text in stop):
+            raise _bad_value(self, "stop", "texts, none empty")
         for name in ("max_response", "max_running", "prefill_tokens", "block_size"):
             _require(self, name, 1)
         _require(self, "temperature", 0)
@@ -223,6 +238,11 @@ class PPOConfig:
     rollouts_per_iteration: int = 128
     minibatch_size: int = 32
     """Rollouts per optimizer step."""
+    samples_per_prompt: int = 1
+    """Responses sampled to each prompt; their prompt is computed once."""
+    extra_in_flight: int = 0
+    """Responses under way beyond those that an iteration trains on. What is unfinished when it has enough goes on in
+    the next one under the new weights (partial rollouts); 0: each iteration waits for its longest response."""
     ppo_epochs: int = 1
     micro_batch_tokens: int = 16384
     """Tokens per forward pass at most (one sequence always may)."""
@@ -245,6 +265,12 @@ class PPOConfig:
     advantage_clip: float | None = None
     ratio_base: Literal["rollout", "reference"] = "rollout"
     """Denominator of the ratio: the policy that sampled, or the reference (the paper's "importance sampling")."""
+    old_logprobs: Literal["recomputed", "recorded"] = "recomputed"
+    """Log-probs of the policy that sampled: by a forward pass over the training batches, so that the first ratio is
+    1, or those recorded while sampling, which saves the pass. Tokens that earlier weights drew keep recorded ones."""
+    importance_clip: float | None = None
+    """Weigh each token's policy loss by min(recomputed / recorded probability, this): the correction of the gap
+    between training and sampling arithmetic, truncated. None: off."""
     logprob_temperature: float = 1.0
     grad_clip: float | None = 1.0
     ptx_coef: float = 0.0
@@ -270,28 +296,42 @@ class PPOConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "rollouts_per_iteration", "minibatch_size", "ppo_epochs",
-                     "micro_batch_tokens", "ptx_batch_size", "critic_pretrain_epochs"):  # fmt: skip
+        for name in ("iterations", "rollouts_per_iteration", "minibatch_size", "ppo_epochs", "micro_batch_tokens",
+                     "ptx_batch_size", "critic_pretrain_epochs", "samples_per_prompt"):  # fmt: skip
             _require(self, name, 1)
         for name in ("gamma", "gae_lambda"):
             _require(self, name, 0, 1)
-        for name in ("kl_coef", "entropy_coef", "ptx_coef", "critic_pretrain_iterations", "eval_every"):
+        for name in ("kl_coef", "entropy_coef", "ptx_coef", "critic_pretrain_iterations", "eval_every",
+                     "extra_in_flight"):  # fmt: skip
             _require(self, name, 0)
-        for name in ("value_clip", "entropy_bound", "advantage_clip", "logprob_temperature", "grad_clip"):
+        for name in ("importance_clip", "value_clip", "entropy_bound", "advantage_clip", "logprob_temperature",
+                     "grad_clip"):  # fmt: skip
             _require(self, name, 0, above=True)
         _require(self, "clip_eps", 0, 1, above=True)
         _require(self, "held_out", 0, 0.5)
         _require(self, "dual_clip", 1 + self.clip_eps, above=True)
         _require(self, "critic_pretrain_tolerance", 0, 1)
-        for name in ("bootstrap_truncated", "normalize_advantages", "ratio_base"):
+        for name in ("bootstrap_truncated", "normalize_advantages", "ratio_base", "old_logprobs"):
             _require_choice(self, name)
         self._check_sizes()
+        self._check_old_logprobs()
 
     def _check_sizes(self) -> None:
         _require_prompt(self)
         if self.rollouts_per_iteration % self.minibatch_size:
             divided = f"rollouts_per_iteration = {self.rollouts_per_iteration}"
             raise _bad_value(self, "minibatch_size", f"a divisor of {divided}")
+        for name in ("rollouts_per_iteration", "extra_in_flight"):
+            if getattr(self, name) % self.samples_per_prompt:
+                raise _bad_value(self, "samples_per_prompt", f"a divisor of {name} = {getattr(self, name)}")
+
+    def _check_old_logprobs(self) -> None:
+        """What is recorded while sampling is at temperature 1."""
+        recorded = self.old_logprobs == "recorded" or self.importance_clip is not None or self.extra_in_flight > 0
+        if recorded and self.logprob_temperature != 1:
+            raise _bad_value(self, "logprob_temperature", "1 where log-probs recorded while sampling are used")
+        if self.old_logprobs == "recorded" and self.importance_clip is not None:
+            raise _bad_value(self, "importance_clip", 'none with old_logprobs = "recorded": nothing is recomputed')
 
     @property
     def max_prompt(self) -> int:
@@ -390,7 +430,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise InputError(f"{where} = {value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
         return value
     if get_origin(hint) is tuple:
-        return tuple(_convert(float, item, where) for item in _as_list(value, where))
+        return tuple(_convert(get_args(hint)[0], item, where) for item in _as_list(value, where))
     return _convert_scalar(hint, value, where)
 
 

@@ -127,7 +127,9 @@ def evaluate(
         check_vocabulary(tokenizer, model, folder)
     answers = []
     for model in (trained, reference):
-        engine = RolloutEngine(model, config.rollout, format.eos_token_ids, config.max_prompt)
+        engine = RolloutEngine(
+            model, config.rollout, format.eos_token_ids, config.max_prompt, decode=format.tokenizer.decode
+        )
         answers.append(
             answer_and_judge(
                 engine,

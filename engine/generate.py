@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .batch import Prompt
+from .batch import Prompt, Request
 from .checkpoint import atomic_file
 from .config import GenerateConfig
 from .data import Dialogue, OnBad, Turn, read_prompts
@@ -43,7 +43,7 @@ def generate(
     prompts = encode_prompts(style, dialogues, config.max_prompt, on_bad)
     policy = load_policy(model, placement)
     check_vocabulary(tokenizer, policy, model)
-    engine = RolloutEngine(policy, config.rollout, style.eos_token_ids, config.max_prompt)
+    engine = RolloutEngine(policy, config.rollout, style.eos_token_ids, config.max_prompt, decode=tokenizer.decode)
     answers = _answers(engine, style, prompts, config.runtime.seed)
     if out is None:
         for index, answer, _ in answers:
@@ -56,7 +56,9 @@ def _answers(
     engine: RolloutEngine, template: Template, prompts: Sequence[Prompt], seed: int
 ) -> Iterator[tuple[int, str, bool]]:
     """(index of the prompt, answer, whether it ended by itself) as they finish."""
-    for index, rollout in engine.stream([prompt.tokens for prompt in prompts], random_seeds(len(prompts), seed)):
+    seeds = random_seeds(len(prompts), seed)
+    requests = [Request(prompt.tokens, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+    for index, rollout in engine.stream(requests):
         yield index, template.decode(rollout.response), rollout.finished
 
 

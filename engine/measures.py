@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .ppo import Experience
 
 _MAXIMA = ("ratio_max", "logratio_max")
+_FIRST = ("logratio_mean", "logratio_max", "logratio_share")  # also told of the first step alone
 
 
 class IterationMetrics:
@@ -50,7 +51,7 @@ class IterationMetrics:
             values = torch.stack([part.detach().float().cpu() for part in parts])
             maximum = name.endswith(_MAXIMA)
             out[name] = float(values.max() if maximum else values.mean())
-            if name.endswith("logratio_max"):
+            if name.endswith(_FIRST):
                 out[name.replace("logratio", "first_logratio")] = float(values[0])
         return out | {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
 
@@ -101,8 +102,17 @@ def action_metrics(rollouts: Sequence[Rollout], logprobs: Tensor, ref_logprobs: 
     }
 
 
-def sampler_gap(rollouts: Sequence[Rollout], logprobs: Tensor) -> dict[str, float]:
-    """How far the log-probs recorded while sampling are from the recomputed ones `[N]`, nats."""
-    recorded = torch.cat([rollout.logprobs for rollout in rollouts]).to(logprobs.device)
-    gap = (recorded - logprobs).abs()
-    return {"rollout/logprob_gap_mean": float(gap.mean()), "rollout/logprob_gap_max": float(gap.max())}
+def sampler_gap(recorded: Tensor, recomputed: Tensor, fresh: Tensor) -> dict[str, float]:
+    """How far the log-probs `[N]` recorded while sampling are from recomputed ones, nats.
+
+    Of tokens that the present weights drew (`fresh`), whose log-probs would be equal in exact arithmetic; `share` is
+    that of those more than 1e-3 apart. Beside it the share of tokens that earlier weights drew.
+    """
+    gap = (recorded - recomputed).abs()[fresh]
+    gap = gap if gap.numel() else gap.new_zeros(1)
+    return {
+        "rollout/logprob_gap_mean": float(gap.mean()),
+        "rollout/logprob_gap_max": float(gap.max()),
+        "rollout/logprob_gap_share": float((gap > 1e-3).float().mean()),
+        "rollout/stale_share": float((~fresh).float().mean()),
+    }

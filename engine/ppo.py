@@ -5,8 +5,8 @@ Loading, resuming, saving and display stand in `trainer.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from ..kernels.api import (
     shaped_gae,
     value_loss,
 )
-from .batch import MicroBatch, Prompt, Rollout, cumulative, plan_minibatches
+from .batch import MicroBatch, Prompt, Request, Rollout, cumulative, plan_minibatches
 from .config import PPOConfig
 from .data import ShuffledStream
 from .measures import IterationMetrics, experience_metrics, sampler_gap
@@ -54,6 +54,13 @@ class Experience:
     shaped: ShapedGAE
     advantages: Tensor
     """Of `shaped`, normalised and clipped where the configuration says so"""
+    recorded: Tensor
+    """`[N]`: log-probs recorded while sampling, at temperature 1"""
+    fresh: Tensor
+    """`[N]` bool: drawn by the present weights, not by earlier ones"""
+    old_logprobs: Tensor
+    """Of the weights that drew each token"""
+    importance_weights: Tensor | None
 
 
 class PPO:
@@ -64,6 +71,7 @@ class PPO:
         ptx: dialogues for the language-modelling loss (PPO-ptx); needed where `config.ptx_coef` > 0.
         stop_tokens: token ids that end a response.
         judge: a second reward that is measured and never optimised.
+        decode: token ids to text; needed where `config.rollout.stop` holds texts.
     """
 
     def __init__(
@@ -77,11 +85,12 @@ class PPO:
         stop_tokens: Sequence[int],
         ptx: Sequence[Encoded] = (),
         judge: Reward | None = None,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         self.config, self.reward, self.prompts, self.ptx, self.judge = config, reward, prompts, ptx, judge
         self.policy, self.critic = policy, critic
         self.reference = reference.requires_grad_(False)
-        self.engine = RolloutEngine(policy, config.rollout, stop_tokens, config.max_prompt)
+        self.engine = RolloutEngine(policy, config.rollout, stop_tokens, config.max_prompt, decode=decode)
         steps, critic_steps = config.optimizer_steps, config.optimizer_steps + config.critic_pretrain_steps
         self.policy_optimizer = Optimizer(policy, config.policy_optim, steps, config.grad_clip)
         self.critic_optimizer = Optimizer(critic, config.critic_optim, critic_steps, config.grad_clip)
@@ -91,6 +100,8 @@ class PPO:
         self.ptx_stream = ShuffledStream(len(ptx), seed) if ptx else None
         self.batches = 0
         """Rollout batches collected so far, those of critic pre-training included."""
+        self.under_way: list[tuple[Prompt, Request]] = []
+        """Responses that the next batch goes on with"""
 
     def iterate(self) -> dict[str, float]:
         """One PPO iteration (paper section 5.4): sample, score, shape, update. Returns its metrics."""
@@ -106,9 +117,14 @@ class PPO:
                     metrics.add("policy", self.update_policy(minibatch, experience))
                     metrics.add("critic", self.update_critic(minibatch, experience))
         self.batches += 1
-        # Recorded log-probs are at temperature 1: at another one they say nothing about the recomputed ones.
-        gap = sampler_gap(rollouts, experience.scored.logprobs) if config.logprob_temperature == 1 else {}
-        return {**experience_metrics(experience), **gap, **metrics.result()}
+        self.engine.weights_changed()
+        return {**experience_metrics(experience), **self._gap(experience), **metrics.result()}
+
+    def _gap(self, experience: Experience) -> dict[str, float]:
+        """Recorded against recomputed log-probs, where both are there and mean the same: at temperature 1."""
+        if self.config.old_logprobs == "recorded" or self.config.logprob_temperature != 1:
+            return {}
+        return sampler_gap(experience.recorded, experience.scored.logprobs, experience.fresh)
 
     def pretrain_critic(self) -> Iterator[dict[str, float]]:
         """Train the critic on rollouts of the fixed policy until its loss levels off (paper section 5.4).
@@ -132,11 +148,17 @@ class PPO:
             previous = fresh
 
     def collect(self) -> tuple[list[Prompt], list[Rollout]]:
-        """The next prompts and one sampled response to each."""
-        count = self.config.rollouts_per_iteration
-        prompts = [self.prompts[index] for index in self.prompt_stream.take(count)]
-        seeds = random_seeds(count, self.config.runtime.seed, _SAMPLING, self.batches)
-        return prompts, self.engine.generate([prompt.tokens for prompt in prompts], seeds)
+        """As many finished responses as an iteration trains on, and their prompts; others may stay under way."""
+        config = self.config
+        count = config.rollouts_per_iteration + config.extra_in_flight - len(self.under_way)
+        places = self.prompt_stream.take(count // config.samples_per_prompt)
+        prompts = [self.prompts[index] for index in places for _ in range(config.samples_per_prompt)]
+        seeds = random_seeds(count, config.runtime.seed, _SAMPLING, self.batches)
+        new = [(prompt, Request(prompt.tokens, seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
+        asked = [*self.under_way, *new]
+        finished, left = self.engine.collect([request for _, request in asked], config.rollouts_per_iteration)
+        self.under_way = [(asked[index][0], request) for index, request in left]
+        return [asked[index][0] for index, _ in finished], [rollout for _, rollout in finished]
 
     def plan(self, rollouts: Sequence[Rollout], epoch: int) -> list[list[MicroBatch]]:
         """Minibatches of micro-batches, shuffled anew for each batch and epoch."""
@@ -147,7 +169,9 @@ class PPO:
     def shape(self, prompts: list[Prompt], rollouts: list[Rollout], minibatches: list[list[MicroBatch]]) -> Experience:
         """Score the rollouts, transform the scores, add the KL penalty, estimate advantages and returns."""
         config, device = self.config, self.policy.device
-        scored = score_rollouts(minibatches, self.policy, self.reference, self.critic, config.logprob_temperature)
+        recorded = torch.cat([rollout.logprobs for rollout in rollouts]).to(device)
+        policy = recorded if config.old_logprobs == "recorded" else self.policy
+        scored = score_rollouts(minibatches, policy, self.reference, self.critic, config.logprob_temperature)
         scores = self.reward(prompts, rollouts)
         shaped_scores = reparameterise(scores, self.moments, config.reward)
         cut_off = torch.tensor([not rollout.finished for rollout in rollouts], device=device)
@@ -162,9 +186,27 @@ class PPO:
             gamma=config.gamma,
             gae_lambda=config.gae_lambda,
         )
-        advantages = self._finish_advantages(shaped)
-        judged = self.judge(prompts, rollouts) if self.judge else None
-        return Experience(prompts, rollouts, scores, shaped_scores, judged, scored, shaped, advantages)
+        versions = torch.tensor([version for rollout in rollouts for version in rollout.versions], device=device)
+        fresh = versions == self.engine.version
+        return Experience(
+            prompts=prompts,
+            rollouts=rollouts,
+            scores=scores,
+            shaped_scores=shaped_scores,
+            judged=self.judge(prompts, rollouts) if self.judge else None,
+            scored=scored,
+            shaped=shaped,
+            advantages=self._finish_advantages(shaped),
+            recorded=recorded,
+            fresh=fresh,
+            old_logprobs=torch.where(fresh, scored.logprobs, recorded.to(scored.logprobs.dtype)),
+            importance_weights=self._importance_weights(scored.logprobs, recorded, fresh),
+        )
+
+    def _importance_weights(self, recomputed: Tensor, recorded: Tensor, fresh: Tensor) -> Tensor | None:
+        """min(recomputed / recorded probability, clip). Tokens of earlier weights have their own old log-probs: 1."""
+        bound = self.config.importance_clip
+        return None if bound is None else torch.where(fresh, (recomputed - recorded).exp().clamp(max=bound), 1.0)
 
     def _finish_advantages(self, shaped: ShapedGAE) -> Tensor:
         advantages = shaped.advantages
@@ -176,8 +218,11 @@ class PPO:
 
     def update_policy(self, minibatch: Sequence[MicroBatch], experience: Experience) -> StepMetrics:
         """One optimizer step of the policy: clipped surrogate over the minibatch, plus PPO-ptx."""
-        config, scored = self.config, experience.scored
-        base_logprobs = scored.logprobs if config.ratio_base == "rollout" else scored.ref_logprobs
+        self.policy_optimizer.bring_in()
+        config, weights = self.config, experience.importance_weights
+        base_logprobs = experience.old_logprobs
+        if config.ratio_base == "reference":
+            base_logprobs = experience.scored.ref_logprobs
         tokens = sum(micro.batch.num_rows for micro in minibatch)
         losses, stats, gaps = [], [], []
         for micro in minibatch:
@@ -189,6 +234,7 @@ class PPO:
                 advantages=experience.advantages[micro.places],
                 clip_eps=config.clip_eps,
                 dual_clip=config.dual_clip,
+                importance_weights=None if weights is None else weights[micro.places],
                 entropy_coef=config.entropy_coef,
                 entropy_bound=config.entropy_bound,
                 temperature=config.logprob_temperature,
@@ -198,11 +244,11 @@ class PPO:
             result.loss.backward()
             losses.append(result.loss.detach())
             stats.append(result.stats)
-            gaps.append((result.logprobs - old_logprobs).abs().max())
+            gaps.append((result.logprobs - old_logprobs).abs())
         ptx = {"ptx_loss": self._ptx_backward()} if config.ptx_coef else {}
         return {
             "loss": torch.stack(losses).sum(),
-            "logratio_max": torch.stack(gaps).max(),
+            **_summary("logratio", torch.cat(gaps)),
             **ptx,
             **merge_policy_stats(stats)._asdict(),
             **self.policy_optimizer.step(),
@@ -217,6 +263,7 @@ class PPO:
 
     def update_critic(self, minibatch: Sequence[MicroBatch], experience: Experience) -> StepMetrics:
         """One optimizer step of the critic: clipped value loss over the minibatch."""
+        self.critic_optimizer.bring_in()
         tokens = sum(micro.batch.num_rows for micro in minibatch)
         losses, stats = [], []
         for micro in minibatch:
@@ -247,6 +294,8 @@ class PPO:
             "batches": self.batches,
             "prompt_position": self.prompt_stream.position,
             "ptx_position": self.ptx_stream.position if self.ptx_stream else 0,
+            "version": self.engine.version,
+            "under_way": [(asdict(prompt), asdict(request)) for prompt, request in self.under_way],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -254,6 +303,13 @@ class PPO:
         self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.moments.load_state_dict(state["moments"])
         self.batches = state["batches"]
+        self.engine.version = state["version"]
+        self.under_way = [(Prompt(**prompt), Request(**request)) for prompt, request in state["under_way"]]
         self.prompt_stream.position = state["prompt_position"]
         if self.ptx_stream:
             self.ptx_stream.position = state["ptx_position"]
+
+
+def _summary(name: str, gap: Tensor) -> dict[str, Tensor]:
+    """Mean and largest of a gap `[n]` in nats, and the share above 1e-3."""
+    return {f"{name}_mean": gap.mean(), f"{name}_max": gap.max(), f"{name}_share": (gap > 1e-3).float().mean()}

@@ -150,6 +150,7 @@ class PPOTrainer:
             prompts=prompts,
             stop_tokens=self.template.eos_token_ids,
             ptx=self._ptx_dialogues(),
+            decode=self.tokenizer.decode,
         )
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:

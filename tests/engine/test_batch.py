@@ -29,7 +29,7 @@ def packed(drawn: Sequences) -> PackedBatch:
 def rollout(prompt: int, response: int, first: int = 0) -> Rollout:
     """A rollout whose tokens are `first`, `first` + 1, ..."""
     tokens = list(range(first, first + prompt + response))
-    return Rollout(tokens[:prompt], tokens[prompt:], torch.zeros(response), finished=True)
+    return Rollout(tokens[:prompt], tokens[prompt:], torch.zeros(response), finished=True, versions=[0] * response)
 
 
 @given(sequences())

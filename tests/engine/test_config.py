@@ -43,10 +43,13 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
         "betas": ("two numbers in [0, 1)", ((0.9,), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan), 0.9, "ab", None)),
         "eps": (ABOVE_0, NOT_POSITIVE),
         "weight_decay": (FROM_0, NEGATIVE),
+        "moments": ("one of 'float32', '8bit'", ("int8", "32bit", None)),
+        "offload": (FLAG, ("yes", None)),
     },
     RuntimeConfig: {
         "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", ("tpu", "cuda:", "cuda:-1", "meta", "", None)),
         "dtype": ("one of 'auto', 'float32', 'bfloat16'", ("float16", "int8", None)),
+        "exact": (FLAG, ("yes", None)),
         "seed": ("a whole number >= 0 and <= 2.14748e+09", (-1, 2**31, 0.5)),
         "save_every": (FROM_1, NOT_POSITIVE),
         "keep_checkpoints": (FROM_1, NOT_POSITIVE),
@@ -60,6 +63,7 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
         "max_running": (FROM_1, NOT_POSITIVE),
         "prefill_tokens": (FROM_1, NOT_POSITIVE),
         "block_size": (FROM_1, NOT_POSITIVE),
+        "stop": ("texts, none empty", (("",), ("a", 3), "a", None)),
     },
     RewardConfig: {
         "transform": ("one of 'normalize', 'scale', 'none'", ("normalise", None)),
@@ -86,21 +90,22 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
     PPOConfig: {
         **dict.fromkeys(
             ("iterations", "rollouts_per_iteration", "minibatch_size", "ppo_epochs", "micro_batch_tokens",
-             "ptx_batch_size", "critic_pretrain_epochs"),
+             "ptx_batch_size", "critic_pretrain_epochs", "samples_per_prompt"),
             (FROM_1, NOT_POSITIVE),
         ),
         "max_sequence": ("a whole number >= 2", (1, 0)),
         **dict.fromkeys(("gamma", "gae_lambda", "critic_pretrain_tolerance"), (SHARE, NOT_A_SHARE)),
         **dict.fromkeys(("kl_coef", "entropy_coef", "ptx_coef"), (FROM_0, NEGATIVE)),
-        **dict.fromkeys(("critic_pretrain_iterations", "eval_every"), (WHOLE_FROM_0, NEGATIVE)),
+        **dict.fromkeys(("critic_pretrain_iterations", "eval_every", "extra_in_flight"), (WHOLE_FROM_0, NEGATIVE)),
         **dict.fromkeys(
-            ("value_clip", "entropy_bound", "advantage_clip", "logprob_temperature", "grad_clip"),
+            ("importance_clip", "value_clip", "entropy_bound", "advantage_clip", "logprob_temperature", "grad_clip"),
             (ABOVE_0, NOT_POSITIVE),
         ),
         "clip_eps": ("a number > 0 and <= 1", (0, -0.1, 1.1)),
         "dual_clip": ("a number > 1.2", (1.2, 1, 0.5)),
         "held_out": (HALF, (-0.1, 0.6)),
         "ratio_base": ("one of 'rollout', 'reference'", ("sft", None)),
+        "old_logprobs": ("one of 'recomputed', 'recorded'", ("guessed", None)),
         "bootstrap_truncated": (FLAG, ("yes", None)),
         "normalize_advantages": (FLAG, ("yes", None)),
     },
@@ -116,7 +121,8 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
 OPTIONAL = {
     (SFTConfig, "max_steps"), (SFTConfig, "grad_clip"), (RewardModelConfig, "batch_size"), (RewardConfig, "clip"),
     (RewardModelConfig, "grad_clip"),
-    *((PPOConfig, name) for name in ("value_clip", "dual_clip", "entropy_bound", "advantage_clip", "grad_clip")),
+    *((PPOConfig, name) for name in ("importance_clip", "value_clip", "dual_clip", "entropy_bound", "advantage_clip")),
+    (PPOConfig, "grad_clip"),
 }  # fmt: skip
 FIELDS = [(cls, name) for cls, fields in RANGES.items() for name in fields]
 fields = pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}.{name}" for cls, name in FIELDS])

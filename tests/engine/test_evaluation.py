@@ -19,7 +19,9 @@ GOLD = "ppomax.engine.world:gold_rewards"
 
 def answers(*scores: float, logprobs: list[float] | None = None, ref_logprobs: list[float] | None = None) -> Answers:
     """A response of two tokens to each prompt, every second one cut off."""
-    rollouts = [Rollout([5, 6], [7, 1], torch.zeros(2), finished=i % 2 == 0) for i in range(len(scores))]
+    rollouts = [
+        Rollout([5, 6], [7, 1], torch.zeros(2), finished=i % 2 == 0, versions=[0, 0]) for i in range(len(scores))
+    ]
     zeros = [-1.0] * 2 * len(scores)
     return Answers(
         prompts=[Prompt([{"role": "user", "content": str(i)}], [5, 6]) for i in range(len(scores))],

@@ -20,7 +20,8 @@ def measured(draw: Callable) -> tuple[list[Rollout], Tensor, Tensor]:
     lengths = draw(st.lists(st.integers(1, 7), min_size=1, max_size=5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
     rollouts = [
-        Rollout([3], [4] * length, -torch.rand(length, generator=generator), draw(st.booleans())) for length in lengths
+        Rollout([3], [4] * length, -torch.rand(length, generator=generator), draw(st.booleans()), [0] * length)
+        for length in lengths
     ]
     logprobs, ref = (-3 * torch.rand(sum(lengths), generator=generator, dtype=torch.float64) for _ in range(2))
     return rollouts, logprobs, ref
@@ -61,7 +62,7 @@ def test_action_metrics_against_loops(drawn: tuple[list[Rollout], Tensor, Tensor
 def uniform_rollouts(length: int, count: int = 4) -> tuple[list[Rollout], Tensor]:
     """Responses of so many tokens, each token of probability 1/2."""
     logprobs = torch.full((length * count,), -math.log(2))
-    return [Rollout([3], [4] * length, part, True) for part in logprobs.split(length)], logprobs
+    return [Rollout([3], [4] * length, part, True, [0] * length) for part in logprobs.split(length)], logprobs
 
 
 def test_the_released_codes_perplexity_falls_with_length_alone() -> None:
@@ -83,12 +84,19 @@ def test_a_collapse_moves_the_two_perplexities_apart() -> None:
 
 
 def test_the_samplers_gap() -> None:
-    rollouts = [
-        Rollout([3], [4, 4], torch.tensor([-1.0, -2.0]), True),
-        Rollout([3], [4], torch.tensor([-3.0]), True),
-    ]
-    gap = sampler_gap(rollouts, torch.tensor([-1.0, -2.5, -2.75]))
-    assert gap == pytest.approx({"rollout/logprob_gap_mean": 0.25, "rollout/logprob_gap_max": 0.5})
+    recorded, recomputed = torch.tensor([-1.0, -2.0, -3.0, -9.0]), torch.tensor([-1.0, -2.5, -2.75, -1.0])
+    gap = sampler_gap(recorded, recomputed, fresh=torch.tensor([True, True, True, False]))
+    assert gap == pytest.approx(
+        {
+            "rollout/logprob_gap_mean": 0.25,
+            "rollout/logprob_gap_max": 0.5,
+            "rollout/logprob_gap_share": 2 / 3,
+            "rollout/stale_share": 0.25,
+        }
+    )
+    nothing_fresh = sampler_gap(recorded, recomputed, torch.zeros(4, dtype=torch.bool))
+    assert nothing_fresh["rollout/logprob_gap_max"] == 0.0
+    assert nothing_fresh["rollout/stale_share"] == 1.0
 
 
 def test_iteration_metrics() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from ppomax.engine.batch import MicroBatch, Prompt, Rollout, plan_minibatches
+from ppomax.engine.batch import MicroBatch, Prompt, Request, Rollout, plan_minibatches
 from ppomax.engine.config import OptimConfig, PPOConfig, RewardConfig, RolloutConfig, RuntimeConfig, ScheduleConfig
 from ppomax.engine.data import ShuffledStream
 from ppomax.engine.errors import InputError
@@ -625,13 +625,13 @@ def test_prompts_come_in_shuffled_passes_and_seeds_never_repeat(
 ) -> None:
     ppo = new_ppo(NO_PTX)
     used: list[int] = []
-    generate = ppo.engine.generate
+    collect = ppo.engine.collect
 
-    def spy(prompts: list[list[int]], seeds: list[int]) -> list[Rollout]:
-        used.extend(seeds)
-        return generate(prompts, seeds)
+    def spy(requests: Sequence[Request], enough: int) -> Any:
+        used.extend(request.seed for request in requests)
+        return collect(requests, enough)
 
-    monkeypatch.setattr(ppo.engine, "generate", spy)
+    monkeypatch.setattr(ppo.engine, "collect", spy)
     collected: list[tuple[Prompt, Rollout]] = []
     for _ in range(5):
         collected += zip(*ppo.collect(), strict=True)

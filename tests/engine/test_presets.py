@@ -61,11 +61,17 @@ TABLE: dict[str, tuple[Any, Any, Any, Any]] = {
     "dual_clip": (None,) * 4,
     "entropy_bound": (None,) * 4,
     "rollout.top_k": (0,) * 4,
+    "rollout.stop": ((),) * 4,
+    "old_logprobs": ("recomputed",) * 4,
+    "importance_clip": (None,) * 4,
+    "samples_per_prompt": (1,) * 4,
+    "extra_in_flight": (0,) * 4,
 }
 # What says how a run is carried out, not which algorithm it is.
 EXECUTION = {
     "iterations", "micro_batch_tokens", "critic_pretrain_epochs", "critic_pretrain_tolerance", "ptx_batch_size",
     "held_out", "eval_every", "rollout.max_running", "rollout.prefill_tokens", "rollout.block_size",
+    *(f"{model}_optim.{name}" for model in ("policy", "critic") for name in ("moments", "offload")),
 }  # fmt: skip
 
 

@@ -90,7 +90,10 @@ def side(template: Template, texts: list[str], scores: list[float], nll: float, 
     count = sum(map(len, responses))
     return Answers(
         prompts=[Prompt([{"role": "user", "content": f"question\n{i}"}], [5]) for i in range(len(texts))],
-        rollouts=[Rollout([5], tokens, torch.zeros(len(tokens)), finished=i > 0) for i, tokens in enumerate(responses)],
+        rollouts=[
+            Rollout([5], tokens, torch.zeros(len(tokens)), i > 0, [0] * len(tokens))
+            for i, tokens in enumerate(responses)
+        ],
         scores={"gold": torch.tensor(scores), "length|2": torch.tensor([float(len(text)) for text in texts])},
         logprobs=torch.full((count,), -nll),
         ref_logprobs=torch.full((count,), -ref_nll),

@@ -153,7 +153,9 @@ def prompt(*tokens: int) -> Prompt:
 
 
 def rollout(tokens: list[int], response: list[int]) -> Rollout:
-    return Rollout(tokens, response, torch.zeros(len(response)), finished=response[-1] == 1)
+    return Rollout(
+        tokens, response, torch.zeros(len(response)), finished=response[-1] == 1, versions=[0] * len(response)
+    )
 
 
 def test_a_function_sees_messages_and_text(tokenizer: Any) -> None:

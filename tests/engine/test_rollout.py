@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from ppomax.engine.attention import Paged
-from ppomax.engine.batch import Rollout, pack_rollouts
+from ppomax.engine.batch import Request, Rollout, pack_rollouts
 from ppomax.engine.config import RolloutConfig
 from ppomax.engine.errors import InputError
 from ppomax.engine.models import CPU, CausalModel
@@ -42,6 +42,10 @@ def draw_prompts(lengths: list[int] = LENGTHS, seed: int = 0) -> list[list[int]]
 
 def new_engine(policy: CausalModel, config: RolloutConfig, stop: int = NEVER) -> RolloutEngine:
     return RolloutEngine(policy, config, [stop], max_prompt=max(LENGTHS))
+
+
+def requests(prompts: list[list[int]], seeds: list[int]) -> list[Request]:
+    return list(map(Request, prompts, seeds))
 
 
 def responses(rollouts: list[Rollout]) -> list[list[int]]:
@@ -171,7 +175,7 @@ def test_the_same_seed_twice_in_one_batch(new_policy: Any) -> None:
 def test_streaming_yields_every_prompt_once(new_policy: Any) -> None:
     policy, prompts = new_policy(), draw_prompts()
     seeds = random_seeds(len(prompts), 3)
-    streamed = list(new_engine(policy, SAMPLED, stop=7).stream(prompts, seeds))
+    streamed = list(new_engine(policy, SAMPLED, stop=7).stream(requests(prompts, seeds)))
     assert sorted(index for index, _ in streamed) == list(range(len(prompts)))
     generated = new_engine(policy, SAMPLED, stop=7).generate(prompts, seeds)
     assert [dict(streamed)[i].response for i in range(len(prompts))] == responses(generated)
@@ -180,11 +184,11 @@ def test_streaming_yields_every_prompt_once(new_policy: Any) -> None:
 def test_streaming_hands_out_what_is_finished_at_once(new_policy: Any) -> None:
     policy, prompts = new_policy(), draw_prompts()
     engine = new_engine(policy, replace(GREEDY, max_running=2))
-    first_indices = [index for index, _ in engine.stream(prompts, [0] * len(prompts))][:2]
+    first_indices = [index for index, _ in engine.stream(requests(prompts, [0] * len(prompts)))][:2]
     assert sorted(first_indices) == [0, 1]
-    stream = engine.stream(prompts, [0] * len(prompts))
+    stream = engine.stream(requests(prompts, [0] * len(prompts)))
     next(stream)
-    assert 2 <= len(engine.requests) < len(prompts), "later prompts have not been looked at yet"
+    assert len(prompts) - 1 not in {index for index, _ in engine.running.values()}, "later prompts wait"
     stream.close()
 
 
@@ -261,7 +265,7 @@ def assert_free(engine: RolloutEngine) -> None:
     assert counts == (0, 0, 0)
     assert statistics.free_blocks == engine.cache.manager.num_blocks - 1
     assert statistics.peak_blocks_in_use > 0
-    assert not engine.requests
+    assert not engine.running
 
 
 @pytest.fixture
@@ -271,7 +275,7 @@ def engine(new_policy: Any) -> RolloutEngine:
 
 def stream(engine: RolloutEngine) -> Iterator[tuple[int, Rollout]]:
     prompts = draw_prompts()
-    return engine.stream(prompts, random_seeds(len(prompts), 6))
+    return engine.stream(requests(prompts, random_seeds(len(prompts), 6)))
 
 
 def test_all_blocks_are_free_at_the_end(engine: RolloutEngine) -> None:
@@ -331,7 +335,7 @@ def test_all_blocks_are_free_after_an_exception_inside(
 def test_prompts_that_do_not_fit(prompts: list[list[int]], match: str, engine: RolloutEngine) -> None:
     with pytest.raises(InputError, match=match):
         engine.generate(prompts, [0] * len(prompts))
-    assert not engine.requests
+    assert not engine.running
 
 
 def test_a_prompt_of_the_largest_size_fits(engine: RolloutEngine) -> None:
@@ -366,3 +370,21 @@ def test_random_seeds() -> None:
     assert all(0 <= seed < 2**63 for seed in seeds)
     for other in ((0, 1, 3), (0, 2, 2), (1, 1, 2)):
         assert not set(random_seeds(1000, *other)) & set(seeds)
+
+
+def test_a_text_ends_a_response(new_policy: Any) -> None:
+    """It is found across tokens, once it is complete, and not in what came before."""
+    policy, letters = new_policy(), "abcdefghij"
+    decode = lambda tokens: "".join(letters[token % 10] for token in tokens)  # noqa: E731
+    prompts, seeds = draw_prompts(), random_seeds(len(LENGTHS), 3)
+    free = new_engine(policy, SAMPLED).generate(prompts, seeds)
+    stop = decode(free[1].response[4:6])
+    config = replace(SAMPLED, stop=("never here", stop))
+    engine = RolloutEngine(policy, config, [], max_prompt=max(LENGTHS), decode=decode)
+    for ours, without in zip(engine.generate(prompts, seeds), free, strict=True):
+        found = decode(without.response).find(stop)
+        length = LIMIT if found < 0 else found + len(stop)
+        assert ours.response == without.response[:length]
+        assert ours.finished == (found >= 0)
+    with pytest.raises(ValueError, match="needs `decode`"):
+        RolloutEngine(policy, config, [], max_prompt=17)

@@ -22,7 +22,7 @@ def draw_rollouts(seed: int = 0) -> list[Rollout]:
     def draw(count: int) -> list[int]:
         return torch.randint(2, 61, (count,), generator=generator).tolist()
 
-    return [Rollout(draw(p), draw(r), torch.zeros(r), finished=True) for p, r in SHAPES]
+    return [Rollout(draw(p), draw(r), torch.zeros(r), finished=True, versions=[0] * r) for p, r in SHAPES]
 
 
 @torch.no_grad()

@@ -1,0 +1,238 @@
+"""One PPO iteration beside TRL 1.12's PPOTrainer on a CPU: same tiny models, same prompts, same response lengths.
+
+TRL is no dependency. In an environment of its own:
+
+    python -m venv .venv-trl && .venv-trl/bin/pip install . trl==1.12.0
+    .venv-trl/bin/python bench/vs_trl.py --json bench/results/vs_trl.json
+
+Policy, reference, critic and reward model are Llamas (H 256, 4 layers) of random weights; an iteration samples 32
+responses, scores them with all four models and makes 4 optimizer steps of policy and critic. Each measurement is a
+process of its own with one thread: iterations after the first are timed, and the peak of resident memory is taken
+above what the loaded models held. Processes of the two alternate. A response's length is scripted in both, as its end
+token; equal: 64 tokens each, mixed: 8 to 512, log-normal (median 48, sigma 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from environment import environment
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+ROLLOUTS, MINIBATCH, PROMPT, EOS, PAD = 32, 8, 32, 1, 0
+CASES = {  # name: (vocabulary, longest response, PPO epochs, mixed lengths)
+    "equal lengths": (4096, 64, 1, False),
+    "equal lengths, 4 epochs": (4096, 64, 4, False),
+    "mixed lengths": (4096, 512, 1, True),
+    "vocabulary of 32,000": (32_000, 64, 1, False),
+}
+
+
+def response_lengths(case: str, iterations: int) -> list[list[int]]:
+    """Per iteration the lengths of its responses, end token included."""
+    _, longest, _, mixed = CASES[case]
+    generator = np.random.default_rng(0)
+    if not mixed:
+        return [[longest] * ROLLOUTS] * iterations
+    drawn = np.clip(np.exp(generator.normal(np.log(48), 1.0, (iterations, ROLLOUTS))), 8, longest)
+    return drawn.astype(int).tolist()
+
+
+def prompts_of(case: str, iterations: int) -> list[list[int]]:
+    generator = np.random.default_rng(1)
+    return generator.integers(2, CASES[case][0], (iterations * ROLLOUTS, PROMPT)).tolist()
+
+
+def model_config(case: str) -> LlamaConfig:
+    vocab, longest, _, _ = CASES[case]
+    return LlamaConfig(
+        vocab_size=vocab, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=PROMPT + longest, bos_token_id=None, eos_token_id=EOS,
+        pad_token_id=PAD, num_labels=1,
+    )  # fmt: skip
+
+
+def resident() -> int:
+    """Bytes of this process in memory now."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def run_ppomax(case: str, iterations: int) -> dict[str, Any]:
+    from ppomax.engine.attention import ATTENTION
+    from ppomax.engine.batch import Prompt
+    from ppomax.engine.config import PPOConfig, from_dict
+    from ppomax.engine.models import CausalModel, ScalarModel
+    from ppomax.engine.ppo import PPO
+
+    _, longest, epochs, _ = CASES[case]
+    config = model_config(case)
+    config._attn_implementation = ATTENTION
+    policy, reference = (CausalModel(LlamaForCausalLM(config)) for _ in range(2))
+    critic, reward = (ScalarModel(LlamaForSequenceClassification(config)) for _ in range(2))
+    settings = {
+        "iterations": iterations, "rollouts_per_iteration": ROLLOUTS, "minibatch_size": MINIBATCH,
+        "ppo_epochs": epochs, "max_sequence": PROMPT + longest, "micro_batch_tokens": 2048,
+        "rollout": {"max_response": longest, "max_running": ROLLOUTS, "temperature": 1.0, "top_p": 1.0,
+                    "repetition_penalty": 1.0},
+    }  # fmt: skip
+    prompts = [Prompt([], tokens) for tokens in prompts_of(case, iterations)]
+
+    def score(_: Any, rollouts: Any) -> torch.Tensor:
+        from ppomax.engine.batch import pack_rollouts
+
+        with torch.no_grad():
+            return reward.scores(pack_rollouts(rollouts, reward.device))
+
+    ppo = PPO(from_dict(PPOConfig, settings), policy, reference, critic, score, prompts, stop_tokens=[EOS])
+    lengths = iter(response_lengths(case, iterations))
+    collect = ppo.engine.collect
+    ppo.engine.collect = lambda requests, enough: collect(  # type: ignore[method-assign]
+        [replace(r, limit=n) for r, n in zip(requests, next(lengths), strict=True)], enough
+    )
+    loaded, seconds, phases = resident(), [], []
+    for _ in range(iterations):
+        started = time.perf_counter()
+        metrics = ppo.iterate()
+        seconds.append(time.perf_counter() - started)
+        phases.append({name: metrics[f"time/{name}"] for name in ("rollout", "score", "update")})
+    return {"seconds": seconds[1:], "phases": phases[1:], "loaded": loaded, "above": peak() - loaded}
+
+
+def run_trl(case: str, iterations: int) -> dict[str, Any]:
+    import tempfile
+
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, TrainerCallback
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    _, longest, epochs, _ = CASES[case]
+    lengths = iter(response_lengths(case, iterations))
+
+    class ScriptedEnd(LogitsProcessor):
+        def __init__(self, ends: list[int]) -> None:
+            self.ends = torch.tensor(ends)
+
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            ending = input_ids.shape[1] - PROMPT == self.ends - 1
+            scores = scores.clone()
+            scores[:, EOS] = torch.where(ending, 1e4, -1e4)
+            scores[:, PAD] = -1e4
+            return scores
+
+    class Scripted(LlamaForCausalLM):
+        def generate(self, *args: Any, **kwargs: Any) -> Any:
+            script = LogitsProcessorList([ScriptedEnd(next(lengths))])
+            return super().generate(*args, logits_processor=script, **kwargs)
+
+    marks: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            marks.append(time.perf_counter())
+
+    config = model_config(case)
+    policy, reference = Scripted(config), LlamaForCausalLM(config)
+    critic, reward = (LlamaForSequenceClassification(config) for _ in range(2))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>")),
+        pad_token="<pad>", eos_token="</s>", padding_side="left",
+    )  # fmt: skip
+    dataset = Dataset.from_dict({"input_ids": prompts_of(case, iterations)})
+    with tempfile.TemporaryDirectory() as out:
+        arguments = PPOConfig(
+            output_dir=out, per_device_train_batch_size=ROLLOUTS, gradient_accumulation_steps=1,
+            num_mini_batches=ROLLOUTS // MINIBATCH, num_ppo_epochs=epochs, total_episodes=iterations * ROLLOUTS,
+            local_rollout_forward_batch_size=ROLLOUTS, response_length=longest, stop_token="eos", temperature=1.0,
+            num_sample_generations=0, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
+            gradient_checkpointing=False, bf16=False,
+        )  # fmt: skip
+        trainer = PPOTrainer(
+            arguments, tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=critic,
+            train_dataset=dataset, eval_dataset=dataset, callbacks=[Clock()],
+        )  # fmt: skip
+        loaded = resident()
+        trainer.train()
+    return {"seconds": np.diff(marks).tolist(), "loaded": loaded, "above": peak() - loaded}
+
+
+def measured(engine: str, case: str, iterations: int) -> dict[str, Any]:
+    """One process of its own."""
+    command = [sys.executable, __file__, "--worker", engine, "--case", case, "--iterations", str(iterations)]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environ)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def compare(case: str, iterations: int, rounds: int) -> dict[str, Any]:
+    runs: dict[str, list[dict[str, Any]]] = {"ppomax": [], "trl": []}
+    for _ in range(rounds):
+        for engine, results in runs.items():
+            results.append(measured(engine, case, iterations))
+    seconds = {k: [median(r["seconds"]) for r in v] for k, v in runs.items()}
+    above = {k: max(r["above"] for r in v) for k, v in runs.items()}
+    phases = {
+        name: median(p[name] for r in runs["ppomax"] for p in r["phases"]) for name in runs["ppomax"][0]["phases"][0]
+    }
+    return {
+        "seconds": seconds,
+        "speedup": median(t / p for p, t in zip(seconds["ppomax"], seconds["trl"], strict=True)),
+        "peak_above_models": above,
+        "memory_ratio": above["ppomax"] / above["trl"],
+        "phases": phases,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, nargs="*", default=list(CASES))
+    parser.add_argument("--iterations", type=int, default=4, help="of which the first is not timed")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--worker", choices=("ppomax", "trl"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        run = run_ppomax if arguments.worker == "ppomax" else run_trl
+        print(json.dumps(run(arguments.case[0], arguments.iterations)))
+        return
+    cases = {case: compare(case, arguments.iterations, arguments.rounds) for case in arguments.case}
+    table = Table(
+        "case", "ppomax, s", "TRL, s", "times as fast", "memory: ppomax", "TRL", "of TRL's", title="one iteration"
+    )
+    for case, r in cases.items():
+        s, m = {k: median(v) for k, v in r["seconds"].items()}, r["peak_above_models"]
+        table.add_row(
+            case, f"{s['ppomax']:.2f}", f"{s['trl']:.2f}", f"{r['speedup']:.2f}", f"{m['ppomax'] / 2**20:.0f} MiB",
+            f"{m['trl'] / 2**20:.0f} MiB", f"{r['memory_ratio']:.2f}",
+        )  # fmt: skip
+    Console().print(table)
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"environment": environment(), "cases": cases}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
