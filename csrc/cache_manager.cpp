@@ -1,8 +1,8 @@
+// What callers do to sequences: submit, fork, preempt, release; versions and statistics.
 #include "cache_manager.h"
 
 #include <algorithm>
-#include <limits>
-#include <numeric>
+#include <utility>
 
 #include "check.h"
 
@@ -12,209 +12,269 @@ namespace {
 
 constexpr std::int64_t kMaxInt32 = std::numeric_limits<std::int32_t>::max();
 
-std::int64_t positive(std::int64_t value, const char* name) {
+void check_size(std::int64_t value, const char* name) {
     check_argument(value >= 1 && value <= kMaxInt32, name, " must be from 1 to ", kMaxInt32, ", got ", value);
-    return value;
+}
+
+Sizes checked_sizes(const Sizes& sizes) {
+    check_size(sizes.block_size, "block_size");
+    check_size(sizes.max_sequences, "max_sequences");
+    check_size(sizes.max_blocks_per_sequence, "max_blocks_per_sequence");
+    check_size(sizes.max_prefill_tokens, "max_prefill_tokens");
+    check_size(sizes.namespaces, "namespaces");
+    check_argument(sizes.block_size <= kMaxInt32 / sizes.max_blocks_per_sequence, "max_blocks_per_sequence ",
+                   sizes.max_blocks_per_sequence, " x block_size ", sizes.block_size,
+                   " is more tokens than an int32 length holds");
+    check_argument(sizes.max_sequences + sizes.max_prefill_tokens <= kMaxInt32, "max_sequences ", sizes.max_sequences,
+                   " + max_prefill_tokens ", sizes.max_prefill_tokens, " is more tokens than an int32 offset holds");
+    return sizes;
 }
 
 }  // namespace
 
-CacheManager::CacheManager(std::int64_t num_blocks, std::int64_t block_size, std::int64_t max_sequences,
-                           std::int64_t max_blocks_per_sequence)
-    : pool_(num_blocks),
-      block_size_(positive(block_size, "block_size")),
-      max_blocks_(positive(max_blocks_per_sequence, "max_blocks_per_sequence")),
-      sequences_(static_cast<std::size_t>(positive(max_sequences, "max_sequences"))),
-      free_rows_(sequences_.size()),
-      block_table_(sequences_.size() * static_cast<std::size_t>(max_blocks_), kReservedBlock),
-      lengths_(sequences_.size(), 0),
-      slot_mapping_(sequences_.size(), kNoSlot) {
-    check_argument(block_size_ <= kMaxInt32 / max_blocks_, "max_blocks_per_sequence ", max_blocks_,
-                   " x block_size ", block_size_, " is more tokens than an int32 length holds");
-    std::iota(free_rows_.rbegin(), free_rows_.rend(), 0);  // row 0 on top
+CacheManager::CacheManager(const Sizes& sizes, std::vector<Token> stop_tokens)
+    : sizes_(checked_sizes(sizes)),
+      block_size_(static_cast<std::int32_t>(sizes.block_size)),
+      stop_tokens_(std::move(stop_tokens)),
+      pool_(sizes.num_blocks, sizes.block_size, sizes.namespaces, sizes.hash_mask),
+      table_(sizes.max_sequences, sizes.max_blocks_per_sequence),
+      batch_(sizes.max_sequences, sizes.max_prefill_tokens, table_.padding_row()),
+      versions_(static_cast<std::size_t>(sizes.namespaces), 0) {
+    const auto rows = static_cast<std::size_t>(sizes.max_sequences);
+    for (auto* list : {&running_, &joined_, &sampled_}) list->reserve(rows);
+    preempted_.reserve(rows);
+    chunks_.reserve(rows);
+    replacements_.reserve(2 * rows + static_cast<std::size_t>(sizes.max_prefill_tokens / sizes.block_size));
+    scratch_blocks_.reserve(static_cast<std::size_t>(sizes.max_blocks_per_sequence));
 }
 
-Row CacheManager::admit(std::int64_t prompt_tokens, std::int64_t max_tokens) {
-    check_argument(1 <= prompt_tokens && prompt_tokens <= max_tokens,
-                   "need 1 <= prompt_tokens <= max_tokens, got prompt_tokens ", prompt_tokens,
-                   " and max_tokens ", max_tokens);
-    check_argument(max_tokens <= max_blocks_ * block_size_, "a sequence of ", max_tokens,
-                   " tokens never fits a row of ", max_blocks_, " blocks of ", block_size_);
-    const std::int64_t needed = blocks_for(max_tokens);
-    check_argument(needed < num_blocks(), "a sequence of ", max_tokens, " tokens needs ", needed,
-                   " blocks of ", block_size_, " and never fits the pool of ", num_blocks() - 1);
-    if (free_rows_.empty() || needed > pool_.free_blocks() - reserved_blocks_) return kNoRow;
+SequenceId CacheManager::submit(std::span<const std::int64_t> prompt, std::span<const std::int64_t> max_new_tokens,
+                                Space space) {
+    checked(space);
+    check_argument(!prompt.empty(), "a prompt has at least 1 token");
+    check_argument(!max_new_tokens.empty(), "max_new_tokens has one entry per sample, at least 1");
+    check_tokens(prompt, "prompt");
+    for (const auto limit : max_new_tokens) check_fits(std::ssize(prompt), limit);
 
-    const Row row = free_rows_.back();
-    free_rows_.pop_back();
-    reserved_blocks_ += needed;
-    Sequence& sequence = sequences_[row];
-    sequence.running = true;
-    sequence.prompt_tokens = sequence.length = lengths_[row] = static_cast<std::int32_t>(prompt_tokens);
-    sequence.max_tokens = static_cast<std::int32_t>(max_tokens);
-    std::int64_t end = 0;  // of the last block's slots
-    for (std::int64_t i = blocks_for(prompt_tokens); i > 0; --i) end = (append_block(row) + 1) * block_size_;
-    sequence.room = static_cast<std::int32_t>(sequence.num_blocks * block_size_ - prompt_tokens);
-    sequence.last_slot = end - sequence.room - 1;
-    return row;
+    const std::vector<Token> tokens(prompt.begin(), prompt.end());
+    const GroupIndex group = max_new_tokens.size() > 1 ? new_group() : kNoGroup;
+    std::vector<SequenceIndex> samples;
+    for (const auto limit : max_new_tokens) {
+        samples.push_back(sequences_.create(tokens, std::ssize(tokens) + limit));
+        sequences_[samples.back()].space = space;
+        sequences_[samples.back()].group = group;
+    }
+    if (group != kNoGroup) {
+        groups_[group].leader = samples.front();
+        groups_[group].others.assign(samples.rbegin(), samples.rend() - 1);
+    }
+    sequences_.enqueue(samples.front());
+    return sequences_[samples.front()].id;
 }
 
-void CacheManager::prefill_slots(Row row, std::span<std::int64_t> slots) const {
-    check_argument(std::ssize(slots) == prompt_tokens(row), "an array of ", slots.size(), " slots for row ",
-                   row, " with a prompt of ", prompt_tokens(row));
-    for (const BlockId block : blocks_of(row)) {
-        const auto part = slots.first(std::min(slots.size(), static_cast<std::size_t>(block_size_)));
-        std::iota(part.begin(), part.end(), block * block_size_);
-        slots = slots.subspan(part.size());
+SequenceId CacheManager::fork(SequenceId parent, std::int64_t num_tokens) {
+    check_no_step("fork");
+    const SequenceIndex from = sequences_.find(parent);
+    const std::int64_t length = sequences_[from].length();
+    check_argument(num_tokens >= 1 && num_tokens <= length, "sequence ", parent, " has ", length,
+                   " tokens, asked to fork it after ", num_tokens);
+    const auto first = sequences_[from].tokens.begin();
+    const SequenceIndex to = sequences_.create({first, first + num_tokens}, sequences_[from].max_tokens);
+    Sequence& s = sequences_[from];
+    Sequence& child = sequences_[to];
+    child.space = s.space;
+    child.prompt_tokens = std::min(child.prompt_tokens, s.prompt_tokens);
+    if (!s.running() || table_.free_rows() == 0) {
+        sequences_.enqueue(to);
+        return child.id;
+    }
+    const auto written = std::min(s.written, child.length());
+    child.row = table_.take_row();
+    child.epoch = s.epoch;
+    child.version = s.version;
+    share(child, table_.row(s.row, blocks_for(written)), written);
+    s.owns_tail = false;
+    child.prefilling = child.length() - written != 1;
+    insert_running(to);
+    return child.id;
+}
+
+void CacheManager::preempt(std::span<const SequenceId> ids) {
+    check_no_step("preempt");
+    const auto indices = find_all(ids);
+    for (const auto index : indices) {
+        check_argument(sequences_[index].running(), "sequence ", sequences_[index].id, " is not running");
+    }
+    for (const auto index : indices) {
+        give_blocks_back(sequences_[index]);
+        sequences_.enqueue(index);
+    }
+    std::erase_if(running_, [this](SequenceIndex index) { return !sequences_[index].running(); });
+    preemptions_ += std::ssize(ids);
+}
+
+void CacheManager::release(std::span<const SequenceId> ids) {
+    check_no_step("release");
+    const auto indices = find_all(ids);
+    for (const auto index : indices) end(index);
+    std::erase_if(running_, [this](SequenceIndex index) { return !sequences_[index].running(); });
+}
+
+std::int64_t CacheManager::bump_version(Space space) {
+    checked(space);
+    check_no_step("bump_version");
+    pool_.forget(space);
+    return ++versions_[space];
+}
+
+void CacheManager::clear_cache() {
+    check_no_step("clear_cache");
+    while (drop_youngest_held()) {}
+    for (Space space = 0; space < std::ssize(versions_); ++space) pool_.forget(space);
+}
+
+void CacheManager::reset() {
+    for (const Replacement& replacement : replacements_) pool_.release(replacement.block);
+    replacements_.clear();
+    for (std::int64_t i = 0; i < batch_.num_copies; ++i) pool_.unpin(batch_.copies[2 * i]);
+    batch_.clear();
+    planned_ = false;
+    for (const auto index : running_) give_blocks_back(sequences_[index]);
+    running_.clear();
+    clear_cache();
+    groups_.clear();
+    unused_groups_.clear();
+    sequences_.clear();
+}
+
+// Takes the sequence out of everything but running_.
+void CacheManager::end(SequenceIndex index) {
+    Sequence& s = sequences_[index];
+    if (s.running()) {
+        give_blocks_back(s);
+    } else if (s.group == kNoGroup || groups_[s.group].leader == index) {
+        sequences_.dequeue(index);
+    }
+    if (s.group != kNoGroup) leave_group(index);
+    sequences_.erase(index);
+}
+
+// The last block first: idle blocks are evicted in this order, and free ones handed out in the other.
+void CacheManager::give_blocks_back(Sequence& s) {
+    for (std::int64_t i = s.num_blocks; i-- > 0;) pool_.release(table_.at(s.row, i));
+    table_.give_back(s.row, s.num_blocks);
+    s.row = kNoRow;
+    s.num_blocks = s.written = s.room = 0;
+    s.prefilling = true;
+    s.owns_tail = false;
+    s.version = -1;
+}
+
+GroupIndex CacheManager::new_group() {
+    if (unused_groups_.empty()) {
+        holding_.reserve(groups_.size() + 1);
+        groups_.emplace_back();
+        return static_cast<GroupIndex>(groups_.size() - 1);
+    }
+    const GroupIndex group = unused_groups_.back();
+    unused_groups_.pop_back();
+    return group;
+}
+
+void CacheManager::leave_group(SequenceIndex index) {
+    const GroupIndex group = std::exchange(sequences_[index].group, kNoGroup);
+    if (groups_[group].leader == index) {
+        appoint_leader(group);
+    } else {
+        std::erase(groups_[group].others, index);
     }
 }
 
-void CacheManager::step(std::span<const Row> rows) {
-    check_rows(rows);
-    for (const Row row : rows) {
-        const Sequence& sequence = sequences_[row];
-        check_argument(sequence.length < sequence.max_tokens, "row ", row, " has reached its max_tokens of ",
-                       sequence.max_tokens);
+// The next one waits in the queue for all of them; without one the group is over.
+void CacheManager::appoint_leader(GroupIndex group) {
+    Group& g = groups_[group];
+    if (g.others.empty()) {
+        drop_held(g);
+        g.leader = kNoSequence;
+        unused_groups_.push_back(group);
+        return;
     }
-    auto slot = slot_mapping_.begin();
-    for (const Row row : rows) {
-        append_token(row);
-        *slot++ = sequences_[row].last_slot;
-    }
-    std::fill(slot, std::max(slot, slot_mapping_.begin() + stepped_rows_), kNoSlot);
-    stepped_rows_ = std::ssize(rows);
+    g.leader = g.others.back();
+    g.others.pop_back();
+    sequences_.enqueue(g.leader);
 }
 
-void CacheManager::release(std::span<const Row> rows) {
-    check_rows(rows);
-    for (const Row row : rows) {
-        const auto blocks = blocks_of(row);
-        // Last block first: the free list is a stack and so hands them out in ascending order again.
-        std::for_each(blocks.rbegin(), blocks.rend(), [this](BlockId block) { pool_.release(block); });
-        std::fill(blocks.begin(), blocks.end(), kReservedBlock);
-        reserved_blocks_ -= promised_blocks(sequences_[row]);
-        sequences_[row] = Sequence{};
-        lengths_[row] = 0;
-        free_rows_.push_back(row);
-    }
+void CacheManager::drop_held(Group& group) {
+    if (group.held_blocks.empty()) return;
+    for (auto block = group.held_blocks.rbegin(); block != group.held_blocks.rend(); ++block) pool_.release(*block);
+    group.held_blocks.clear();
+    std::erase(holding_, static_cast<GroupIndex>(&group - groups_.data()));
 }
+
+bool CacheManager::drop_youngest_held() {
+    if (holding_.empty()) return false;
+    drop_held(groups_[holding_.back()]);
+    return true;
+}
+
+SequenceInfo CacheManager::sequence(SequenceId id) const {
+    const Sequence& s = sequences_[sequences_.find(id)];
+    return {s.row, s.length(), s.prompt_tokens, s.max_tokens, s.written, s.version};
+}
+
+std::span<const Token> CacheManager::tokens(SequenceId id) const { return sequences_[sequences_.find(id)].tokens; }
 
 Statistics CacheManager::statistics() const {
     return {
         .free_blocks = pool_.free_blocks(),
+        .cached_blocks = pool_.idle_blocks(),
         .blocks_in_use = pool_.blocks_in_use(),
-        .reserved_blocks = reserved_blocks_,
-        .rows_in_use = std::ssize(sequences_) - std::ssize(free_rows_),
         .peak_blocks_in_use = pool_.peak_blocks_in_use(),
+        .running = std::ssize(running_),
+        .waiting = sequences_.size() - std::ssize(running_),
+        .hit_tokens = hit_tokens_,
+        .prefill_tokens = prefill_tokens_,
+        .evictions = pool_.evictions(),
+        .preemptions = preemptions_,
+        .copies = copies_,
     };
 }
 
-const CacheManager::Sequence& CacheManager::running(Row row) const {
-    check_argument(row >= 0 && row < max_sequences(), "unknown row ", row, ": rows go from 0 to ",
-                   max_sequences() - 1);
-    check_argument(sequences_[row].running, "row ", row, " is not running: never admitted, or released");
-    return sequences_[row];
+Space CacheManager::checked(Space space) const {
+    check_argument(space >= 0 && space < std::ssize(versions_), "unknown namespace ", space, ": they go from 0 to ",
+                   versions_.size() - 1);
+    return space;
 }
 
-void CacheManager::check_rows(std::span<const Row> rows) {
-    ++calls_;
-    for (const Row row : rows) {
-        check_argument(running(row).named_in != calls_, "row ", row, " is named twice in one call");
-        sequences_[row].named_in = calls_;
-    }
+void CacheManager::check_tokens(std::span<const std::int64_t> tokens, const char* what) const {
+    const auto wrong = std::ranges::find_if(tokens, [](std::int64_t token) { return token < 0 || token > kMaxInt32; });
+    if (wrong == tokens.end()) return;
+    fail<std::invalid_argument>(what, "[", wrong - tokens.begin(), "] is ", *wrong, ", tokens go from 0 to ", kMaxInt32);
 }
 
-std::span<BlockId> CacheManager::blocks_of(Row row) {
-    return {block_table_.data() + row * max_blocks_, static_cast<std::size_t>(sequences_[row].num_blocks)};
+void CacheManager::check_fits(std::int64_t prompt_tokens, std::int64_t max_new_tokens) const {
+    check_size(max_new_tokens, "max_new_tokens");
+    const std::int64_t longest = prompt_tokens + max_new_tokens;
+    const std::int64_t needed = blocks_for(longest);
+    check_argument(needed <= table_.columns(), "a sequence of ", prompt_tokens, " + ", max_new_tokens,
+                   " tokens never fits a row of ", table_.columns(), " blocks of ", block_size_);
+    check_argument(needed < pool_.num_blocks(), "a sequence of ", prompt_tokens, " + ", max_new_tokens,
+                   " tokens needs ", needed, " blocks of ", block_size_, " and never fits the pool of ",
+                   pool_.num_blocks() - 1);
 }
 
-std::span<const BlockId> CacheManager::blocks_of(Row row) const {
-    return {block_table_.data() + row * max_blocks_, static_cast<std::size_t>(sequences_[row].num_blocks)};
+void CacheManager::check_no_step(const char* call) const {
+    check_argument(!planned_, call, ": a step is planned; commit it first, or reset()");
 }
 
-BlockId CacheManager::append_block(Row row) {
-    const BlockId block = pool_.allocate();  // cannot be out of blocks: reserved_blocks_ <= free_blocks()
-    --reserved_blocks_;
-    ++sequences_[row].num_blocks;
-    return blocks_of(row).back() = block;
-}
-
-void CacheManager::append_token(Row row) {
-    Sequence& sequence = sequences_[row];
-    if (sequence.room == 0) {
-        sequence.last_slot = append_block(row) * block_size_;
-        sequence.room = static_cast<std::int32_t>(block_size_);
-    } else {
-        ++sequence.last_slot;
-    }
-    --sequence.room;
-    lengths_[row] = ++sequence.length;
-}
-
-void CacheManager::check_integrity() const {
-    pool_.check_integrity();
-    std::int64_t rows_in_use = 0;
-    std::int64_t reserved_blocks = 0;
-    for (Row row = 0; row < max_sequences(); ++row) {
-        check_sequence(row);
-        rows_in_use += sequences_[row].running;
-        reserved_blocks += promised_blocks(sequences_[row]);
-    }
-    check_invariant(reserved_blocks == reserved_blocks_, "rows may take ", reserved_blocks,
-                    " more blocks, but ", reserved_blocks_, " are reserved");
-    check_invariant(reserved_blocks <= pool_.free_blocks(), reserved_blocks, " blocks are reserved, but ",
-                    pool_.free_blocks(), " are free");
-    const auto references = count_references();
-    for (BlockId id = 0; id < num_blocks(); ++id) {
-        check_invariant(references[id] == pool_.ref_count(id), "block ", id, " has a count of ",
-                        pool_.ref_count(id), " but ", references[id], " references");
-    }
-    check_invariant(rows_in_use == statistics().rows_in_use, rows_in_use, " rows are running, but ",
-                    free_rows_.size(), " are free");
-    std::vector<bool> listed(sequences_.size(), false);
-    for (const Row row : free_rows_) {
-        check_invariant(row >= 0 && row < max_sequences() && !sequences_[row].running && !listed[row],
-                        "row ", row, " is on the list of free rows twice or while it is running");
-        listed[row] = true;
-    }
-    for (std::int64_t i = 0; i < max_sequences(); ++i) {
-        const auto slot = slot_mapping_[i];
-        const bool is_slot = slot >= block_size_ && slot < num_blocks() * block_size_;
-        check_invariant(i < stepped_rows_ ? is_slot : slot == kNoSlot, "slot_mapping[", i, "] is ", slot);
-    }
-}
-
-void CacheManager::check_sequence(Row row) const {
-    const Sequence& sequence = sequences_[row];
-    check_invariant(lengths_[row] == sequence.length, "lengths[", row, "] is ", lengths_[row], ", not ",
-                    sequence.length);
-    const bool length_holds = sequence.running ? 1 <= sequence.prompt_tokens &&
-                                                     sequence.prompt_tokens <= sequence.length &&
-                                                     sequence.length <= sequence.max_tokens
-                                               : sequence.length == 0 && sequence.max_tokens == 0;
-    check_invariant(length_holds, "row ", row, " has a length of ", sequence.length);
-    check_invariant(sequence.num_blocks == blocks_for(sequence.length), "row ", row, " has ",
-                    sequence.num_blocks, " blocks for ", sequence.length, " tokens");
-    for (std::int64_t i = 0; i < max_blocks_; ++i) {
-        const BlockId block = block_table_[row * max_blocks_ + i];
-        const bool is_block = block > kReservedBlock && block < num_blocks();
-        check_invariant(i < sequence.num_blocks ? is_block : block == kReservedBlock, "block_table[", row,
-                        ", ", i, "] is ", block);
-    }
-    if (!sequence.running) return;
-    const std::int64_t offset = (sequence.length - 1) % block_size_;
-    check_invariant(sequence.last_slot == blocks_of(row).back() * block_size_ + offset, "row ", row,
-                    " ends at slot ", sequence.last_slot);
-    check_invariant(sequence.room == block_size_ - 1 - offset, "row ", row, " has room for ", sequence.room);
-}
-
-std::vector<std::int32_t> CacheManager::count_references() const {
-    std::vector<std::int32_t> references(static_cast<std::size_t>(num_blocks()), 0);
-    references[kReservedBlock] = 1;
-    for (Row row = 0; row < max_sequences(); ++row) {
-        for (const BlockId block : blocks_of(row)) ++references[block];
-    }
-    return references;
+std::vector<SequenceIndex> CacheManager::find_all(std::span<const SequenceId> ids) const {
+    std::vector<SequenceId> sorted(ids.begin(), ids.end());
+    std::ranges::sort(sorted);
+    const auto twice = std::ranges::adjacent_find(sorted);
+    if (twice != sorted.end()) fail<std::invalid_argument>("sequence ", *twice, " is named twice in one call");
+    std::vector<SequenceIndex> indices;
+    for (const auto id : ids) indices.push_back(sequences_.find(id));
+    return indices;
 }
 
 }  // namespace ppomax

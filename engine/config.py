@@ -131,6 +131,14 @@ class RolloutConfig:
     """Prompt tokens computed in one forward pass at most (one prompt always may)."""
     block_size: int = 16
     """Tokens per block of the KV cache."""
+    kv_memory: float = 0.3
+    """On a GPU: share of the memory that is free when the engine is made that the KV cache takes."""
+    kv_blocks: int | None = None
+    """Blocks of the KV cache instead; none on a CPU: as many as `max_running` sequences of full length need."""
+    sleep: bool = False
+    """Give the memory of the KV cache back while the models are updated."""
+    cuda_graphs: bool = True
+    """On a GPU: decode by CUDA graphs, captured once for each of a few batch sizes."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, as its last part, beside the tokenizer's end tokens."""
 
@@ -140,6 +148,10 @@ class RolloutConfig:
             raise _bad_value(self, "stop", "texts, none empty")
         for name in ("max_response", "max_running", "prefill_tokens", "block_size"):
             _require(self, name, 1)
+        _require(self, "kv_memory", 0, 1, above=True)
+        _require(self, "kv_blocks", 2)
+        for name in ("sleep", "cuda_graphs"):
+            _require_choice(self, name)
         _require(self, "temperature", 0)
         _require(self, "top_p", 0, 1, above=True)
         _require(self, "top_k", 0)

@@ -106,6 +106,7 @@ class PPO:
     def iterate(self) -> dict[str, float]:
         """One PPO iteration (paper section 5.4): sample, score, shape, update. Returns its metrics."""
         config, metrics = self.config, IterationMetrics()
+        before = self.engine.statistics
         with metrics.timed("rollout"):
             prompts, rollouts = self.collect()
         with metrics.timed("score"):
@@ -118,7 +119,8 @@ class PPO:
                     metrics.add("critic", self.update_critic(minibatch, experience))
         self.batches += 1
         self.engine.weights_changed()
-        return {**experience_metrics(experience), **self._gap(experience), **metrics.result()}
+        rollout_metrics = {**self._gap(experience), **self.engine.statistics.since(before).metrics()}
+        return {**experience_metrics(experience), **rollout_metrics, **metrics.result()}
 
     def _gap(self, experience: Experience) -> dict[str, float]:
         """Recorded against recomputed log-probs, where both are there and mean the same: at temperature 1."""
@@ -156,8 +158,11 @@ class PPO:
         seeds = random_seeds(count, config.runtime.seed, _SAMPLING, self.batches)
         new = [(prompt, Request(prompt.tokens, seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         asked = [*self.under_way, *new]
+        self.engine.forget()  # as that of a resumed run has: the bits must not tell them apart
         finished, left = self.engine.collect([request for _, request in asked], config.rollouts_per_iteration)
         self.under_way = [(asked[index][0], request) for index, request in left]
+        if config.rollout.sleep:
+            self.engine.sleep()
         return [asked[index][0] for index, _ in finished], [rollout for _, rollout in finished]
 
     def plan(self, rollouts: Sequence[Rollout], epoch: int) -> list[list[MicroBatch]]:

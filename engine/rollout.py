@@ -1,24 +1,28 @@
 """Requests to rollouts: continuous batching on an unmodified Hugging Face model over the paged KV cache.
 
-A row is one running sequence. Each round admits what fits and computes those prompts in one forward pass, then
-advances every running row by one token in another; a finished row's place is free for the next request at once.
+The C++ manager plans each step: which sequences compute which tokens (a chunk of a prompt, or the newest token), and
+whose next token is drawn from which of them. A step here is one forward pass over those tokens, packed, one draw for
+all samples, and one call that hands the tokens back and plans the next step. Prompts are computed once for all their
+samples, and not at all where the cache holds them.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..kernels.api import linear_logprobs, sample
-from .attention import Paged
-from .batch import Request, Rollout, cumulative
+from ._kv import Finished, Step
+from .batch import Request, Rollout
 from .config import RolloutConfig
+from .decoding import Decoder
 from .errors import InputError
 from .kv_cache import KVCache
 from .models import CausalModel
@@ -26,37 +30,87 @@ from .models import CausalModel
 _TAIL = 8  # tokens before the longest stop text that are decoded with it
 
 
-class _Rows:
-    """What the running sequences have drawn, on the device, one row each; columns are places in the response."""
+@dataclass(frozen=True)
+class RolloutStatistics:
+    """What the engine has done since it was made, or over some time: differences of two."""
 
-    def __init__(self, rows: int, limit: int, device: torch.device) -> None:
-        self.tokens = torch.full((rows, limit), -1, device=device)
-        self.logprobs = torch.zeros(rows, limit, device=device)
-        self.count = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.limits = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros(rows, dtype=torch.int64, device=device)
+    seconds: float = 0.0
+    """Inside steps"""
+    drawn_tokens: int = 0
+    prefill_tokens: int = 0
+    """Prompt tokens computed, those of preempted sequences again"""
+    hit_tokens: int = 0
+    """Prompt tokens found in the cache or shared with another sample"""
+    evictions: int = 0
+    preemptions: int = 0
 
-    def start(self, rows: list[int], requests: list[Request]) -> None:
-        """Lay the requests' responses so far into their rows."""
-        limit, device = self.tokens.shape[1], self.tokens.device
-        index = torch.tensor(rows, device=device)
-        pad = lambda values, fill: [*values, *[fill] * (limit - len(values))]  # noqa: E731
-        self.tokens[index] = torch.tensor([pad(r.response, -1) for r in requests], device=device)
-        self.logprobs[index] = torch.tensor([pad(r.logprobs, 0.0) for r in requests], device=device)
-        self.count[index] = torch.tensor([len(r.response) for r in requests], device=device)
-        self.limits[index] = torch.tensor([r.limit or limit for r in requests], device=device)
-        self.seeds[index] = torch.tensor([r.seed for r in requests], device=device)
+    def since(self, before: RolloutStatistics) -> RolloutStatistics:
+        return RolloutStatistics(*(now - then for now, then in zip(_values(self), _values(before), strict=True)))
 
-    def append(self, index: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
-        """One token to each row of `index` [R]."""
-        place = self.count[index]
-        self.tokens[index, place], self.logprobs[index, place] = tokens, logprobs.to(self.logprobs.dtype)
-        self.count[index] = place + 1
+    def metrics(self) -> dict[str, float]:
+        """time/tokens_per_second, of sampling; rollout/cache_hit_rate: share of prompt tokens that were not computed; counts."""
+        return {
+            "time/tokens_per_second": self.drawn_tokens / max(self.seconds, 1e-9),
+            "rollout/cache_hit_rate": self.hit_tokens / max(self.hit_tokens + self.prefill_tokens, 1),
+            "rollout/prefill_tokens": float(self.prefill_tokens),
+            "rollout/evictions": float(self.evictions),
+            "rollout/preemptions": float(self.preemptions),
+        }
 
-    def drawn(self, row: int) -> tuple[list[int], list[float]]:
-        """The row's response so far and its log-probs."""
-        length = int(self.count[row])
-        return self.tokens[row, :length].tolist(), self.logprobs[row, :length].tolist()
+
+def _values(statistics: RolloutStatistics) -> list[float]:
+    return list(vars(statistics).values())
+
+
+class _Drawn:
+    """What the requests under way have drawn, on the device: a place each; columns are tokens of the response."""
+
+    def __init__(self, places: int, limit: int, device: torch.device) -> None:
+        self.free: list[int] = []
+        self.tokens = torch.empty(0, limit, dtype=torch.int64, device=device)
+        self.logprobs = torch.empty(0, limit, device=device)
+        self.count = torch.empty(0, dtype=torch.int64, device=device)
+        self.seeds = torch.empty(0, dtype=torch.int64, device=device)
+        self.make_room(places)
+
+    def make_room(self, places: int) -> None:
+        """See to it that so many places are free."""
+        old, missing = len(self.count), places - len(self.free)
+        if missing > 0:
+            self.free += range(old, old + missing)
+            for name in ("tokens", "logprobs", "count", "seeds"):
+                x = getattr(self, name)
+                setattr(self, name, torch.cat([x, x.new_zeros(missing, *x.shape[1:])]))
+
+    def start(self, request: Request) -> int:
+        """Give the request a place and lay its response so far into it."""
+        place, length = self.free.pop(), len(request.response)
+        self.tokens[place] = -1
+        if length:
+            self.tokens[place, :length] = torch.tensor(request.response, device=self.tokens.device)
+            self.logprobs[place, :length] = torch.tensor(request.logprobs, device=self.tokens.device)
+        self.count[place], self.seeds[place] = length, request.seed
+        return place
+
+    def append(self, places: Tensor, tokens: Tensor, logprobs: Tensor) -> None:
+        """One token to each of `places` [N]."""
+        column = self.count[places]
+        self.tokens[places, column], self.logprobs[places, column] = tokens, logprobs.to(self.logprobs.dtype)
+        self.count[places] = column + 1
+
+    def response(self, place: int) -> tuple[list[int], list[float]]:
+        """The tokens drawn so far and their log-probs."""
+        length = int(self.count[place])
+        return self.tokens[place, :length].tolist(), self.logprobs[place, :length].tolist()
+
+
+@dataclass(frozen=True)
+class _UnderWay:
+    """A request that the manager knows."""
+
+    index: int
+    request: Request
+    place: int
 
 
 class RolloutEngine:
@@ -66,7 +120,7 @@ class RolloutEngine:
         policy: the model to sample from.
         config: how to sample.
         stop_tokens: token ids that end a response.
-        max_prompt: tokens of a prompt at most; with `config.max_response` it sizes the KV cache.
+        max_prompt: tokens of a prompt at most; with `config.max_response` it bounds a sequence.
         decode: token ids to text; needed where `config.stop` holds texts.
     """
 
@@ -81,11 +135,10 @@ class RolloutEngine:
     ) -> None:
         if config.stop and decode is None:
             raise ValueError("RolloutConfig.stop holds texts: the engine needs `decode` to see them")
-        self.decode = decode
-        self.policy, self.config, self.max_prompt = policy, config, max_prompt
+        self.policy, self.config, self.max_prompt, self.decode = policy, config, max_prompt, decode
         self.device = policy.device
         self.stop_ids = frozenset(stop_tokens)
-        self.stop_tokens = torch.tensor(list(stop_tokens), device=self.device)
+        on_gpu = self.device.type == "cuda"
         self.cache = KVCache.for_model(
             policy.config,
             block_size=config.block_size,
@@ -93,17 +146,52 @@ class RolloutEngine:
             max_tokens_per_sequence=max_prompt + config.max_response,
             dtype=policy.model.dtype,
             device=self.device,
+            num_blocks=config.kv_blocks,
+            memory_share=config.kv_memory if on_gpu and config.kv_blocks is None else None,
+            max_prefill_tokens=config.prefill_tokens,
+            stop_tokens=stop_tokens,
         )
-        self.rows = _Rows(config.max_running, config.max_response, self.device)
-        self.running: dict[int, tuple[int, Request]] = {}
-        """Row -> (index of the request, the request as it was admitted)"""
+        self.decoder = Decoder(policy, self.cache, graphs=config.cuda_graphs and on_gpu)
+        self.drawn = _Drawn(2 * config.max_running, config.max_response, self.device)
+        self.under_way: dict[int, _UnderWay] = {}
+        """By the manager's id of the sequence"""
         self.busy = False
         self.version = 0
         """Of the policy's weights: how often `weights_changed` was called"""
+        self._seconds, self._drawn_tokens = 0.0, 0
 
     def weights_changed(self) -> None:
-        """To be called after each update of the policy: what is sampled from here on comes from new weights."""
+        """To be called after each update of the policy: nothing that the old weights computed is used again."""
         self.version += 1
+        self.cache.manager.bump_version()
+
+    def forget(self) -> None:
+        """Empty the cache: what is sampled next does not depend, to the last bit, on what was sampled before."""
+        self._check_idle()
+        self.cache.manager.clear_cache()
+
+    def sleep(self) -> None:
+        """Give the memory of the KV cache back, for an update; `wake` or the next use takes it again."""
+        self._check_idle()
+        self.decoder.forget()
+        self.cache.release()
+
+    def wake(self) -> None:
+        """Take the memory of the KV cache, where it was given back."""
+        self.cache.allocate()
+
+    @property
+    def statistics(self) -> RolloutStatistics:
+        """Since the engine was made."""
+        counts = self.cache.manager.statistics
+        return RolloutStatistics(
+            seconds=self._seconds,
+            drawn_tokens=self._drawn_tokens,
+            prefill_tokens=counts.prefill_tokens,
+            hit_tokens=counts.hit_tokens,
+            evictions=counts.evictions,
+            preemptions=counts.preemptions,
+        )
 
     def generate(self, prompts: Sequence[list[int]], seeds: Sequence[int]) -> list[Rollout]:
         """One response to each prompt, in the order of the prompts.
@@ -125,179 +213,158 @@ class RolloutEngine:
         Both by (index of the request, ...), in the order of the requests. A request that is left may be given again,
         now or after an update of the weights: its response goes on from there.
         """
-        waiting, done = deque(enumerate(requests)), []
+        done: list[tuple[int, Rollout]] = []
+        waiting = deque(enumerate(requests))
         with self._busy_with(requests):
-            while len(done) < enough and (waiting or self.running):
-                done += self._round(waiting)
-            left = [(index, self._paused(row)) for row, (index, _) in self.running.items()]
+            for finished in self._steps(waiting):
+                done += finished
+                if len(done) >= enough:
+                    break
+            left = [(item.index, self._so_far(item)) for item in self.under_way.values()]
         left += [(index, _continued(requests[index], rollout)) for index, rollout in done[enough:]]
         return sorted(done[:enough], key=_index), sorted([*left, *waiting], key=_index)
 
     def stream(self, requests: Sequence[Request]) -> Iterator[tuple[int, Rollout]]:
-        """Yield (index of the request, rollout) as responses finish."""
-        waiting = deque(enumerate(requests))
+        """Yield (index of the request, rollout) as responses finish. Requests beside each other that ask for several
+        responses to one prompt share its computation."""
         with self._busy_with(requests):
-            while waiting or self.running:
-                yield from self._round(waiting)
+            for finished in self._steps(deque(enumerate(requests))):
+                yield from finished
 
     @contextmanager
     def _busy_with(self, requests: Sequence[Request]) -> Iterator[None]:
-        """Check the requests; whatever still runs at the end is released."""
-        if self.busy:
-            raise RuntimeError("another stream of this engine is still being read: take all of it or close it first")
+        """Check the requests; whatever is under way at the end is dropped."""
+        self._check_idle()
         self._check(requests)
+        self.wake()
         self.busy = True
         try:
             yield
         finally:
-            self._release(list(self.running))
+            if self.under_way:
+                self.cache.manager.reset()
+            self.drawn.free += [item.place for item in self.under_way.values()]
+            self.under_way.clear()
             self.busy = False
+
+    def _check_idle(self) -> None:
+        if self.busy:
+            raise RuntimeError("another stream of this engine is still being read: take all of it or close it first")
 
     def _check(self, requests: Sequence[Request]) -> None:
         for index, request in enumerate(requests):
             if not 0 < len(request.prompt) <= self.max_prompt:
                 raise InputError(f"prompt {index} has {len(request.prompt)} tokens, expected 1 to {self.max_prompt}")
             if not 0 < self._limit(request) <= self.config.max_response:
-                raise InputError(
-                    f"request {index} has the limit {request.limit}, expected 1 to {self.config.max_response}"
-                )
+                limit = f"expected 1 to {self.config.max_response}"
+                raise InputError(f"request {index} has the limit {request.limit}, {limit}")
 
     def _limit(self, request: Request) -> int:
         return self.config.max_response if request.limit is None else request.limit
 
     @torch.no_grad()
-    def _round(self, waiting: deque[tuple[int, Request]]) -> list[tuple[int, Rollout]]:
-        """Compute the next prompts, or else one token of every running row; what finishes with that."""
-        if complete := self._take_complete(waiting):
-            return complete
-        if admitted := self._admit(waiting):
-            return self._advance(admitted, self._prefill(admitted))
-        running = list(self.running)  # in the order of the requests, whichever rows they got
-        return self._advance(running, self._decode(running))
+    def _steps(self, waiting: deque[tuple[int, Request]]) -> Iterator[list[tuple[int, Rollout]]]:
+        """Take the requests and compute step after step; yields what finishes with each."""
+        manager, budget = self.cache.manager, self.config.prefill_tokens
+        yield self._submit(waiting)
+        while self.under_way:
+            step = manager.plan(budget)
+            while step.num_members:
+                started = time.perf_counter()
+                tokens, stopped = self._compute(step)
+                step = manager.step(tokens, budget, stopped)
+                self._drawn_tokens += len(tokens)
+                self._seconds += time.perf_counter() - started
+                yield [self._finish(end) for end in step.finished] + self._submit(waiting)
 
-    def _take_complete(self, waiting: deque[tuple[int, Request]]) -> list[tuple[int, Rollout]]:
-        """Requests whose responses ended before: nothing is left to compute."""
-        done = [(index, request) for index, request in waiting if self._is_complete(request)]
-        for item in done:
-            waiting.remove(item)
-        return [(index, self._rollout(request)) for index, request in done]
+    def _submit(self, waiting: deque[tuple[int, Request]]) -> list[tuple[int, Rollout]]:
+        """Hand requests to the manager, some more than it has rows; returns those that are complete as they are."""
+        complete = []
+        while waiting and len(self.under_way) < 2 * self.config.max_running:
+            index, request = waiting.popleft()
+            if self._is_complete(request):
+                complete.append((index, self._rollout(request)))
+                continue
+            group = [(index, request)]
+            while waiting and _same_prompt(request, waiting[0][1]):
+                group.append(waiting.popleft())
+            self._submit_group(group)
+        return complete
 
-    def _is_complete(self, request: Request) -> bool:
-        return len(request.response) >= self._limit(request) or self._stopped(request)
+    def _submit_group(self, group: list[tuple[int, Request]]) -> None:
+        """One request, or several from the start on one prompt."""
+        self.drawn.make_room(len(group))
+        request = group[0][1]
+        context = np.array(request.prompt + request.response, np.int64)
+        limits = np.array([self._limit(member) - len(member.response) for _, member in group], np.int64)
+        first = self.cache.manager.submit(context, limits)
+        for number, (index, member) in enumerate(group):
+            self.under_way[first + number] = _UnderWay(index, member, self.drawn.start(member))
 
-    def _stopped(self, request: Request) -> bool:
-        return bool(request.response) and (
-            request.response[-1] in self.stop_ids or self._ends_with_stop(request.response)
-        )
-
-    def _ends_with_stop(self, response: list[int]) -> bool:
-        """Whether the newest token completes one of the stop texts."""
-        if not self.config.stop or self.decode is None:
-            return False
-        longest = max(map(len, self.config.stop))
-        text = self.decode(response[-longest - _TAIL :])  # a token is a character at least, special ones apart
-        before = self.decode(response[-longest - _TAIL : -1])
-        return any(text.count(stop) > before.count(stop) for stop in self.config.stop)
-
-    def _admit(self, waiting: deque[tuple[int, Request]]) -> list[int]:
-        """Move requests to free rows, up to the prefill budget."""
-        rows: list[int] = []
-        budget = self.config.prefill_tokens
-        while waiting:
-            _, request = waiting[0]
-            context = len(request.prompt) + len(request.response)
-            if rows and context > budget:
-                break
-            row = self.cache.manager.admit(context, len(request.prompt) + self._limit(request))
-            if row < 0:
-                break
-            self.running[row] = waiting.popleft()
-            budget -= context
-            rows.append(row)
-        if rows:
-            self.rows.start(rows, [self.running[row][1] for row in rows])
-        return rows
-
-    def _prefill(self, rows: list[int]) -> Tensor:
-        """Compute what the rows' requests hold: last hidden states `[R, H]`."""
-        contexts = [self.running[row][1].prompt + self.running[row][1].response for row in rows]
-        lengths = [len(context) for context in contexts]
-        slots = np.concatenate([self.cache.manager.prefill_slots(row) for row in rows])
-        ends = cumulative(lengths, self.device)
-        positions = torch.cat([torch.arange(length, device=self.device) for length in lengths])
-        tokens = torch.tensor([token for context in contexts for token in context], device=self.device)
-        hidden = self._forward(rows, tokens, positions, ends, torch.from_numpy(slots))
-        return hidden[ends[1:].long() - 1]
-
-    def _decode(self, rows: list[int]) -> Tensor:
-        """Compute the rows' newest tokens: last hidden states `[R, H]`."""
-        self.cache.manager.step(np.array(rows, np.int32))
-        index = torch.tensor(rows, device=self.device)
-        tokens = self.rows.tokens[index, self.rows.count[index] - 1]
-        positions = self.cache.lengths[rows].to(self.device, torch.int64) - 1
-        ends = torch.arange(len(rows) + 1, dtype=torch.int32, device=self.device)
-        return self._forward(rows, tokens, positions, ends, self.cache.slot_mapping[: len(rows)])
-
-    def _forward(self, rows: list[int], tokens: Tensor, positions: Tensor, ends: Tensor, slots: Tensor) -> Tensor:
-        attention = Paged(
-            self.cache.k_pools,
-            self.cache.v_pools,
-            self.cache.block_table[rows].to(self.device),
-            self.cache.lengths[rows].to(self.device),
-            ends,
-            slots.to(self.device),
-            exact=self.policy.exact,
-        )
-        return self.policy.trunk(tokens, positions, attention)
-
-    def _advance(self, rows: list[int], hidden: Tensor) -> list[tuple[int, Rollout]]:
-        """Draw each row's next token, then take out the rows that are finished."""
-        index = torch.tensor(rows, device=self.device)
-        tokens, logprobs = self._draw(index, hidden)
-        self.rows.append(index, tokens, logprobs)
-        ended = torch.isin(tokens, self.stop_tokens) | (self.rows.count[index] == self.rows.limits[index])
-        flags = ended.tolist()
+    def _compute(self, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
+        """One forward pass and one draw: the token of each sample, and which of them complete a stop text."""
+        hidden = self.decoder.hidden(step)
+        if not step.num_samples:  # a part of a long prompt
+            return np.empty(0, np.int64), None
+        ids = self.cache.manager.sample_ids[: step.num_samples].tolist()
+        places = torch.tensor([self.under_way[id].place for id in ids], device=self.device)
+        tokens, logprobs = self._draw(places, hidden)
+        self.drawn.append(places, tokens, logprobs)
+        stopped = None
         if self.config.stop:
-            flags = [flag or self._ends_with_stop(self.rows.drawn(r)[0]) for r, flag in zip(rows, flags, strict=True)]
-        done = [row for row, flag in zip(rows, flags, strict=True) if flag]
-        finished = [(self.running[row][0], self._rollout(self._paused(row))) for row in done]
-        self._release(done)
-        return finished
+            stopped = np.array([self._ends_with_stop(self.drawn.response(place)[0]) for place in places.tolist()])
+        return tokens.cpu().numpy(), stopped
 
-    def _draw(self, index: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(next tokens, their log-probs at temperature 1), each `[R]`."""
-        config, places = self.config, self.rows.count[index]
-        seen = self.rows.tokens[index, : int(places.max())] if config.repetition_penalty != 1.0 else None
+    def _draw(self, places: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """(next tokens, their log-probs at temperature 1), each `[N]`."""
+        config, columns = self.config, self.drawn.count[places]
         tokens, logprobs, _ = sample(
             self.policy.logits(hidden),
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             repetition_penalty=config.repetition_penalty,
-            seen=seen,
-            seeds=self.rows.seeds[index],
-            positions=places,
+            seen=self.drawn.tokens[places] if config.repetition_penalty != 1.0 else None,
+            seeds=self.drawn.seeds[places],
+            positions=columns,
         )
         if self.policy.exact:  # by the operation that training uses, so that the bits are its
             logprobs = linear_logprobs(hidden, labels=tokens, **self.policy.head).logprobs
         return tokens, logprobs
 
-    def _paused(self, row: int) -> Request:
-        """The row's request with what has been drawn since."""
-        _, request = self.running[row]
-        response, logprobs = self.rows.drawn(row)
+    def _finish(self, end: Finished) -> tuple[int, Rollout]:
+        item = self.under_way.pop(end.id)
+        self.drawn.free.append(item.place)
+        return item.index, self._rollout(self._so_far(item))
+
+    def _so_far(self, item: _UnderWay) -> Request:
+        """The request with what has been drawn since."""
+        request = item.request
+        response, logprobs = self.drawn.response(item.place)
         versions = [*request.versions, *[self.version] * (len(response) - len(request.response))]
         return replace(request, response=response, logprobs=logprobs, versions=versions)
 
     def _rollout(self, request: Request) -> Rollout:
         logprobs = torch.tensor(request.logprobs, dtype=torch.float32)
-        return Rollout(request.prompt, request.response, logprobs, self._stopped(request), request.versions)
+        return Rollout(request.prompt, request.response, logprobs, self._stopped(request.response), request.versions)
 
-    def _release(self, rows: list[int]) -> None:
-        if rows:
-            self.cache.manager.release(np.array(rows, np.int32))
-        for row in rows:
-            del self.running[row]
+    def _is_complete(self, request: Request) -> bool:
+        return len(request.response) >= self._limit(request) or self._stopped(request.response)
+
+    def _stopped(self, response: list[int]) -> bool:
+        return bool(response) and (response[-1] in self.stop_ids or self._ends_with_stop(response))
+
+    def _ends_with_stop(self, response: list[int]) -> bool:
+        """Whether the newest token completes one of the stop texts."""
+        if not self.config.stop or self.decode is None:
+            return False
+        tail = max(map(len, self.config.stop)) + _TAIL  # a token is a character at least, special ones apart
+        text, before = self.decode(response[-tail:]), self.decode(response[-tail:-1])
+        return any(text.count(stop) > before.count(stop) for stop in self.config.stop)
+
+
+def _same_prompt(one: Request, other: Request) -> bool:
+    return not one.response and not other.response and one.prompt == other.prompt
 
 
 def _continued(request: Request, rollout: Rollout) -> Request:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from ppomax.engine.attention import ATTENTION, Paged, Varlen, _attend
-from ppomax.engine.batch import PackedBatch, cumulative, pack
+from ppomax.engine.batch import PackedBatch, pack
 from ppomax.engine.kv_cache import KVCache
 from ppomax.engine.models import CausalModel
 from torch import Tensor
@@ -123,65 +123,49 @@ def test_neighbours_of_the_same_lengths_change_nothing(family: str, new_policy: 
         assert torch.equal(policy.hidden(packed(others)).split(LENGTHS)[kept], hidden[kept])
 
 
-class PagedRun:
-    """Sequences in a paged cache: their prompts in one pass, then one token of each a step."""
-
-    def __init__(self, policy: CausalModel, sequences: list[list[int]], prompts: list[int], block_size: int) -> None:
-        self.policy, self.sequences = policy, sequences
-        self.cache = KVCache.for_model(
-            policy.config, block_size=block_size, max_sequences=len(sequences), max_tokens_per_sequence=64,
-            dtype=policy.model.dtype, device=CPU,
-        )  # fmt: skip
-        for pool in (*self.cache.k_pools, *self.cache.v_pools):
-            pool.fill_(torch.nan)
-        self.rows = [self.cache.manager.admit(prompt, 64) for prompt in prompts]
-        self.done = list(prompts)
-
-    def forward(self, members: list[int], tokens: list[list[int]], slots: Tensor) -> Tensor:
-        """Hidden states of the newest `tokens` of the sequences `members`, packed."""
-        rows = torch.tensor([self.rows[i] for i in members])
-        starts = [self.done[i] - len(new) for i, new in zip(members, tokens, strict=True)]
-        positions = torch.cat(
-            [torch.arange(start, start + len(new)) for start, new in zip(starts, tokens, strict=True)]
-        )
-        ends = cumulative([len(new) for new in tokens], CPU)
+def paged(
+    policy: CausalModel, sequences: list[list[int]], prompts: list[int], block_size: int, budget: int
+) -> list[Tensor]:
+    """Hidden states of sequences in a paged cache: prompts in chunks within the budget, then a token a step."""
+    cache = KVCache.for_model(
+        policy.config, block_size=block_size, max_sequences=len(sequences), max_tokens_per_sequence=64,
+        dtype=policy.model.dtype, device=CPU,
+    )  # fmt: skip
+    for pool in (*cache.k_pools, *cache.v_pools):
+        pool.fill_(torch.nan)
+    for sequence, length in zip(sequences, prompts, strict=True):
+        cache.manager.submit(np.array(sequence[:length]), np.array([len(sequence) - length + 1]))
+    parts: list[list[Tensor]] = [[] for _ in sequences]
+    step = cache.manager.plan(budget)
+    while step.num_members:
+        cache.apply(step)
+        inputs = cache.inputs(step)
         attention = Paged(
-            self.cache.k_pools, self.cache.v_pools, self.cache.block_table[rows], self.cache.lengths[rows], ends, slots
-        )
-        return self.policy.trunk(torch.tensor(sum(tokens, [])), positions, attention)  # noqa: RUF017
-
-    def prefill(self) -> list[Tensor]:
-        """Per sequence the hidden states of its prompt."""
-        slots = np.concatenate([self.cache.manager.prefill_slots(row) for row in self.rows])
-        prompts = [sequence[:n] for sequence, n in zip(self.sequences, self.done, strict=True)]
-        return list(self.forward(list(range(len(prompts))), prompts, torch.from_numpy(slots)).split(self.done))
-
-    def step(self, members: list[int]) -> Tensor:
-        """Hidden states of one more token of each of `members`."""
-        self.cache.manager.step(np.array([self.rows[i] for i in members], np.int32))
-        tokens = [[self.sequences[i][self.done[i]]] for i in members]
-        for i in members:
-            self.done[i] += 1
-        return self.forward(members, tokens, self.cache.slot_mapping[: len(members)].clone())
+            cache.k_pools, cache.v_pools, cache.block_table[inputs.rows], inputs.seq_lens, inputs.cu_seqlens,
+            inputs.slot_mapping,
+        )  # fmt: skip
+        hidden = policy.trunk(inputs.tokens, inputs.positions, attention)
+        for row, part in zip(inputs.rows, hidden.split(inputs.cu_seqlens.diff().tolist()), strict=True):
+            parts[row].append(part)  # all have a row at once, the first the first
+        lengths = {i: cache.manager.sequence(i).length for i in inputs.sample_ids.tolist()}
+        following = [[*sequences[i], 0][length] for i, length in lengths.items()]
+        step = cache.manager.step(np.array(following, np.int64), budget)
+    assert cache.manager.statistics.hit_tokens == 0
+    return [torch.cat(part) for part in parts]
 
 
 @torch.no_grad()
 @families
-@pytest.mark.parametrize("block_size", [1, 4, 16])
-def test_paged_equals_packed(family: str, block_size: int, new_policy: Any) -> None:
+@pytest.mark.parametrize(("block_size", "budget"), [(1, 100), (4, 100), (4, 3), (16, 5)])
+def test_paged_equals_packed(family: str, block_size: int, budget: int, new_policy: Any) -> None:
     policy = new_policy(family, dtype=torch.float64)
     lengths = [14, 9, 11]
     sequences = draw_sequences(lengths)
     expected = policy.hidden(packed(sequences)).split(lengths)
-    run = PagedRun(policy, sequences, prompts=[1, 8, 5], block_size=block_size)
-    parts = [[part] for part in run.prefill()]
-    while members := [i for i, length in enumerate(lengths) if run.done[i] < length]:
-        for i, hidden in zip(members, run.step(members), strict=True):
-            parts[i].append(hidden[None])
-    for ours, theirs in zip(parts, expected, strict=True):
+    for ours, theirs in zip(paged(policy, sequences, [1, 8, 5], block_size, budget), expected, strict=True):
         # packed soft-capped weights are rounded to float32, as eager's are
         tolerance = 1e-6 if family == "gemma2" else 1e-9
-        torch.testing.assert_close(torch.cat(ours), theirs, rtol=0, atol=tolerance)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def call(**changes: Any) -> Any:

@@ -63,6 +63,10 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
         "max_running": (FROM_1, NOT_POSITIVE),
         "prefill_tokens": (FROM_1, NOT_POSITIVE),
         "block_size": (FROM_1, NOT_POSITIVE),
+        "kv_memory": ("a number > 0 and <= 1", (0, -0.1, 1.1)),
+        "kv_blocks": ("a whole number >= 2", (1, 0)),
+        "sleep": (FLAG, ("yes", None)),
+        "cuda_graphs": (FLAG, ("yes", None)),
         "stop": ("texts, none empty", (("",), ("a", 3), "a", None)),
     },
     RewardConfig: {
@@ -122,7 +126,7 @@ OPTIONAL = {
     (SFTConfig, "max_steps"), (SFTConfig, "grad_clip"), (RewardModelConfig, "batch_size"), (RewardConfig, "clip"),
     (RewardModelConfig, "grad_clip"),
     *((PPOConfig, name) for name in ("importance_clip", "value_clip", "dual_clip", "entropy_bound", "advantage_clip")),
-    (PPOConfig, "grad_clip"),
+    (PPOConfig, "grad_clip"), (RolloutConfig, "kv_blocks"),
 }  # fmt: skip
 FIELDS = [(cls, name) for cls, fields in RANGES.items() for name in fields]
 fields = pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}.{name}" for cls, name in FIELDS])

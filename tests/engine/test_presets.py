@@ -71,6 +71,7 @@ TABLE: dict[str, tuple[Any, Any, Any, Any]] = {
 EXECUTION = {
     "iterations", "micro_batch_tokens", "critic_pretrain_epochs", "critic_pretrain_tolerance", "ptx_batch_size",
     "held_out", "eval_every", "rollout.max_running", "rollout.prefill_tokens", "rollout.block_size",
+    "rollout.kv_memory", "rollout.kv_blocks", "rollout.sleep", "rollout.cuda_graphs",
     *(f"{model}_optim.{name}" for model in ("policy", "critic") for name in ("moments", "offload")),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from ppomax.engine.attention import Paged
 from ppomax.engine.batch import Request, Rollout, pack_rollouts
 from ppomax.engine.config import RolloutConfig
+from ppomax.engine.decoding import Decoder, padded_size
 from ppomax.engine.errors import InputError
 from ppomax.engine.models import CPU, CausalModel
 from ppomax.engine.rollout import RolloutEngine, random_seeds
@@ -188,14 +190,21 @@ def test_streaming_hands_out_what_is_finished_at_once(new_policy: Any) -> None:
     assert sorted(first_indices) == [0, 1]
     stream = engine.stream(requests(prompts, [0] * len(prompts)))
     next(stream)
-    assert len(prompts) - 1 not in {index for index, _ in engine.running.values()}, "later prompts wait"
+    assert len(prompts) - 1 not in {item.index for item in engine.under_way.values()}, "later prompts wait"
     stream.close()
 
 
-@pytest.mark.parametrize(("budget", "passes"), [(1, [[n] for n in LENGTHS]), (10, [[1, 9], [4], [17], [2, 6], [3]])])
+@pytest.mark.parametrize(
+    ("budget", "first"),
+    [
+        (10, [[1, 9], [1, 1, 4, 6], [1, 1, 1, 10], [1, 1, 1, 1, 2, 6, 1]]),
+        (4096, [LENGTHS, [1] * 7, [1] * 7, [1] * 7]),
+    ],
+)
 def test_prompts_are_computed_within_the_budget(
-    budget: int, passes: list[list[int]], new_policy: Any, monkeypatch: pytest.MonkeyPatch
+    budget: int, first: list[list[int]], new_policy: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In chunks, beside the newest tokens of the rows that decode."""
     engine = new_engine(new_policy(), replace(GREEDY, max_running=64, prefill_tokens=budget))
     seen, trunk = [], engine.policy.trunk
 
@@ -205,7 +214,8 @@ def test_prompts_are_computed_within_the_budget(
 
     monkeypatch.setattr(engine.policy, "trunk", spy)
     engine.generate(draw_prompts(), [0] * len(LENGTHS))
-    assert seen == [*passes, *[[1] * len(LENGTHS)] * (LIMIT - 1)]
+    assert seen[:4] == first
+    assert sum(map(sum, seen)) == sum(LENGTHS) + len(LENGTHS) * (LIMIT - 1), "nothing is computed twice"
 
 
 def test_an_end_exactly_at_the_limit_is_an_end(new_policy: Any) -> None:
@@ -231,10 +241,14 @@ def test_several_stop_tokens_or_none(new_policy: Any) -> None:
 
 
 def test_an_engine_that_was_used_gives_the_same_bits(new_policy: Any) -> None:
-    """Or a resumed run, whose engine is new, would differ: which rows and blocks are free must not matter."""
+    """Once it has forgotten what it cached, or a resumed run, whose engine is new, would differ: which rows and
+    blocks are free must not matter."""
     policy, prompts = new_policy(), draw_prompts([3, 9, 1, 7, 17, 5] * 4)
     engine = RolloutEngine(policy, replace(SAMPLED, max_running=8, max_response=40), [7, 8, 9], max_prompt=17)
-    runs = [engine.generate(prompts, random_seeds(24, 1)) for _ in range(3)]
+    runs = []
+    for _ in range(3):
+        runs.append(engine.generate(prompts, random_seeds(24, 1)))
+        engine.forget()
     for again in runs[1:]:
         assert responses(again) == responses(runs[0])
         for ours, theirs in zip(again, runs[0], strict=True):
@@ -250,6 +264,7 @@ def test_an_engine_can_be_used_again_and_follows_the_weights(new_policy: Any) ->
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.3)
+    engine.weights_changed()
     after = responses(engine.generate(prompts, seeds))
     assert after == responses(new_engine(policy, SAMPLED, stop=7).generate(prompts, seeds))
     assert after != before
@@ -261,11 +276,11 @@ def test_an_engine_can_be_used_again_and_follows_the_weights(new_policy: Any) ->
 def assert_free(engine: RolloutEngine) -> None:
     engine.cache.manager.check_integrity()
     statistics = engine.cache.manager.statistics
-    counts = (statistics.rows_in_use, statistics.blocks_in_use, statistics.reserved_blocks)
-    assert counts == (0, 0, 0)
-    assert statistics.free_blocks == engine.cache.manager.num_blocks - 1
+    assert (statistics.running, statistics.waiting, statistics.blocks_in_use) == (0, 0, 0)
+    assert statistics.free_blocks + statistics.cached_blocks == engine.cache.manager.num_blocks - 1
     assert statistics.peak_blocks_in_use > 0
-    assert not engine.running
+    assert not engine.under_way
+    assert len(engine.drawn.free) == len(engine.drawn.seeds)
 
 
 @pytest.fixture
@@ -335,7 +350,7 @@ def test_all_blocks_are_free_after_an_exception_inside(
 def test_prompts_that_do_not_fit(prompts: list[list[int]], match: str, engine: RolloutEngine) -> None:
     with pytest.raises(InputError, match=match):
         engine.generate(prompts, [0] * len(prompts))
-    assert not engine.running
+    assert not engine.under_way
 
 
 def test_a_prompt_of_the_largest_size_fits(engine: RolloutEngine) -> None:
@@ -388,3 +403,131 @@ def test_a_text_ends_a_response(new_policy: Any) -> None:
         assert ours.finished == (found >= 0)
     with pytest.raises(ValueError, match="needs `decode`"):
         RolloutEngine(policy, config, [], max_prompt=17)
+
+
+# Reuse
+
+
+def exactly(policy: CausalModel, config: RolloutConfig) -> RolloutEngine:
+    """In the exact mode, so that what is reused, and when, cannot show in the bits."""
+    policy.exact = True
+    return RolloutEngine(policy, config, [7, 8], max_prompt=max(LENGTHS))
+
+
+def equal(ours: list[Rollout], theirs: list[Rollout]) -> bool:
+    pairs = list(zip(ours, theirs, strict=True))
+    return all(a.response == b.response and torch.equal(a.logprobs, b.logprobs) for a, b in pairs)
+
+
+@pytest.mark.parametrize("running", [3, 64])
+def test_samples_of_a_prompt_share_its_computation(running: int, new_policy: Any) -> None:
+    """Samples that find no row beside the first ones compute its last token again, for its logits."""
+    policy, config = new_policy(), replace(SAMPLED, max_running=running, prefill_tokens=8, kv_blocks=600)
+    once, eight = exactly(policy, config), exactly(policy, config)
+    prompts = draw_prompts()
+    once.generate(prompts, [0] * len(prompts))
+    repeated = [prompt for prompt in prompts for _ in range(8)]
+    rollouts = eight.generate(repeated, random_seeds(len(repeated), 2))
+    assert once.statistics.prefill_tokens == sum(LENGTHS)
+    late = eight.statistics.prefill_tokens - sum(LENGTHS)
+    assert late == 0 if running == 64 else 0 < late < len(repeated)
+    assert eight.statistics.hit_tokens == 7 * sum(LENGTHS)
+    for index, (prompt, seed) in enumerate(zip(repeated, random_seeds(len(repeated), 2), strict=True)):
+        if index % 9 == 0:
+            assert equal([rollouts[index]], exactly(policy, config).generate([prompt], [seed]))
+
+
+def test_a_common_beginning_is_computed_once_and_never_under_new_weights(new_policy: Any) -> None:
+    policy, system = new_policy(), draw_prompts([8], seed=9)[0]
+    prompts = [system + prompt for prompt in draw_prompts([2, 5, 9])]
+    engine, seeds = exactly(policy, SAMPLED), random_seeds(3, 1)
+    first = engine.generate(prompts, seeds)
+    before = engine.statistics
+    assert equal(engine.generate(prompts, seeds), first)
+    again = engine.statistics.since(before)
+    assert again.prefill_tokens == sum(len(prompt) % 4 or 1 for prompt in prompts), "only what fills no block of 4"
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.2)
+    engine.weights_changed()
+    before = engine.statistics
+    renewed = engine.generate(prompts, seeds)
+    assert equal(renewed, exactly(policy, SAMPLED).generate(prompts, seeds))
+    assert engine.statistics.since(before).hit_tokens == 2 * 8, "of this version's own first prompt"
+    assert {v for rollout in renewed for v in rollout.versions} == {1}
+
+
+def test_short_of_blocks_the_youngest_wait_and_nothing_changes(new_policy: Any) -> None:
+    policy, prompts, seeds = new_policy(), draw_prompts(), random_seeds(len(LENGTHS), 4)
+    roomy = replace(SAMPLED, max_running=7)
+    expected = exactly(policy, roomy).generate(prompts, seeds)
+    tight = exactly(policy, replace(roomy, kv_blocks=12))  # 11 of 4 tokens, one sequence needs up to 8
+    assert equal(tight.generate(prompts, seeds), expected)
+    assert tight.statistics.preemptions > 0
+    assert_free(tight)
+    with pytest.raises(ValueError, match="a KV cache of 5 blocks of 4 tokens does not hold one sequence of 29 tokens"):
+        exactly(policy, replace(roomy, kv_blocks=6))
+
+
+def test_sleep_gives_the_memory_back(new_policy: Any) -> None:
+    engine, prompts = exactly(new_policy(), SAMPLED), draw_prompts()
+    first = engine.generate(prompts, [3] * 7)
+    assert engine.cache.nbytes > 0
+    engine.sleep()
+    assert engine.cache.nbytes == 0
+    assert equal(engine.generate(prompts, [3] * 7), first), "the next use wakes it"
+    reading = engine.stream(requests(prompts, [3] * 7))
+    next(reading)
+    with pytest.raises(RuntimeError, match="still being read"):
+        engine.sleep()
+    reading.close()
+
+
+def test_statistics_and_their_metrics(engine: RolloutEngine) -> None:
+    before = engine.statistics
+    rollouts = engine.generate(draw_prompts(), [5] * 7)
+    done = engine.statistics.since(before)
+    assert done.drawn_tokens == sum(len(rollout.response) for rollout in rollouts)
+    assert done.prefill_tokens + done.hit_tokens == sum(LENGTHS)
+    metrics = done.metrics()
+    assert metrics["time/tokens_per_second"] == pytest.approx(done.drawn_tokens / done.seconds)
+    assert metrics["rollout/cache_hit_rate"] == done.hit_tokens / sum(LENGTHS)
+
+
+class ReplayedOnTheHost:
+    """Stands for a CUDA graph: runs the captured function again over the same memory."""
+
+    def __init__(self, forward: Any, inputs: Any) -> None:
+        self.forward, self.inputs, self.hidden = forward, inputs, forward(inputs)
+
+    def replay(self) -> None:
+        self.hidden.copy_(self.forward(self.inputs))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_step_filled_up_to_a_fixed_size_draws_the_same(
+    family: str, new_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The batch and the memory that CUDA graphs see; capture and replay themselves need a GPU."""
+    policy, config = new_policy(family), replace(SAMPLED, max_running=7)
+    prompts, seeds = draw_prompts(), random_seeds(len(LENGTHS), 8)
+    work = [Request(p, s, limit=n) for p, s, n in zip(prompts, seeds, (1, 2, 3, 5, 8, 9, 9), strict=True)]
+    expected = [rollout for _, rollout in sorted(exactly(policy, config).stream(work), key=lambda item: item[0])]
+    engine = exactly(policy, config)
+    engine.decoder = Decoder(policy, engine.cache, graphs=True)
+
+    def capture(inputs: Any) -> Any:
+        graph = ReplayedOnTheHost(engine.decoder._forward, inputs)
+        return SimpleNamespace(graph=graph, hidden=graph.hidden)
+
+    monkeypatch.setattr(engine.decoder, "_capture", capture)
+    assert equal([rollout for _, rollout in sorted(engine.stream(work), key=lambda item: item[0])], expected)
+    assert len(engine.decoder.graphs) > 1
+    assert set(engine.decoder.graphs) <= {1, 2, 4, 7}
+    engine.sleep()
+    assert not engine.decoder.graphs
+
+
+def test_sizes_of_batches() -> None:
+    assert [padded_size(n, 1000) for n in (1, 3, 33, 256, 257, 321, 999)] == [1, 4, 48, 256, 320, 384, 1000]
+    assert padded_size(5, 7) == 7
