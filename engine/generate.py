@@ -11,7 +11,7 @@ from .checkpoint import atomic_file
 from .config import GenerateConfig
 from .data import Dialogue, OnBad, Turn, read_prompts
 from .errors import InputError
-from .metrics import StageProgress
+from .metrics import StageProgress, pick
 from .models import Placement, check_vocabulary, load_policy, load_tokenizer
 from .prompts import encode_prompts
 from .rollout import RolloutEngine, random_seeds
@@ -49,7 +49,7 @@ def generate(
         for index, answer, _ in answers:
             print(f"> {prompts[index].messages[-1]['content']}\n{answer}\n", flush=True)
         return
-    _write(out, prompts, answers)
+    _write(out, prompts, answers, engine)
 
 
 def _answers(
@@ -62,12 +62,16 @@ def _answers(
         yield index, template.decode(rollout.response), rollout.finished
 
 
-def _write(out: Path, prompts: Sequence[Prompt], answers: Iterator[tuple[int, str, bool]]) -> None:
+def _write(
+    out: Path, prompts: Sequence[Prompt], answers: Iterator[tuple[int, str, bool]], engine: RolloutEngine
+) -> None:
     lines = [""] * len(prompts)
     with StageProgress("generate", len(prompts), unit="answer") as progress:
         for done, (index, answer, finished) in enumerate(answers, 1):
             messages = [*prompts[index].messages, {"role": "assistant", "content": answer}]
             lines[index] = json.dumps({"messages": messages, "finished": finished}, ensure_ascii=False)
-            progress.update(done)
+            figures = engine.statistics.metrics()
+            shown = ("time/tokens_per_second", "rollout/cache_hit_rate")
+            progress.update(done, **pick(figures, shown))
     with atomic_file(out) as draft:
         draft.write_text("".join(line + "\n" for line in lines), encoding="utf-8")

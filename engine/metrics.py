@@ -124,10 +124,16 @@ class StageProgress:
         if self.plain:
             self._print_line(f"{speed}  {shown}", rate)
 
+    def note(self, text: str) -> None:
+        """Say how the step that is under way gets on."""
+        self.bar.update(self.task, figures=text)
+        if self.plain:
+            self._print_line(text, (self.done - self.first) / max(time.monotonic() - self.started, 1e-9))
+
     def _print_line(self, figures: str, rate: float) -> None:
         now = time.monotonic()
         if self.done < self.total and now - self.last_line < self.PLAIN_INTERVAL:
             return
         self.last_line = now
-        remaining = (self.total - self.done) / max(rate, 1e-9)
-        console.print(f"{self.name} {self.done}/{self.total}  {remaining:.0f} s left  {figures}", soft_wrap=True)
+        left = f"{(self.total - self.done) / rate:.0f} s left  " if rate > 0 else ""
+        console.print(f"{self.name} {self.done}/{self.total}  {left}{figures}", soft_wrap=True)

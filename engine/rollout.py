@@ -48,7 +48,7 @@ class RolloutStatistics:
         return RolloutStatistics(*(now - then for now, then in zip(_values(self), _values(before), strict=True)))
 
     def metrics(self) -> dict[str, float]:
-        """time/tokens_per_second, of sampling; rollout/cache_hit_rate: share of prompt tokens that were not computed; counts."""
+        """Speed of sampling, share of prompt tokens that were not computed, counts."""
         return {
             "time/tokens_per_second": self.drawn_tokens / max(self.seconds, 1e-9),
             "rollout/cache_hit_rate": self.hit_tokens / max(self.hit_tokens + self.prefill_tokens, 1),
@@ -155,6 +155,8 @@ class RolloutEngine:
         self.drawn = _Drawn(2 * config.max_running, config.max_response, self.device)
         self.under_way: dict[int, _UnderWay] = {}
         """By the manager's id of the sequence"""
+        self.watch: Callable[[int, int], None] | None = None
+        """Called by `collect` with (responses finished, responses wanted) as they finish"""
         self.busy = False
         self.version = 0
         """Of the policy's weights: how often `weights_changed` was called"""
@@ -218,6 +220,8 @@ class RolloutEngine:
         with self._busy_with(requests):
             for finished in self._steps(waiting):
                 done += finished
+                if finished and self.watch:
+                    self.watch(min(len(done), enough), enough)
                 if len(done) >= enough:
                     break
             left = [(item.index, self._so_far(item)) for item in self.under_way.values()]

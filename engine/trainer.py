@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
@@ -198,10 +198,21 @@ class PPOTrainer:
             if stage == "critic" and self.critic_ready:
                 continue
             with StageProgress(title, total, done=done, unit=unit, plain=plain) as progress:
+                self.ppo.engine.watch = self._watcher(progress)
                 for step in self._recorded(stage, steps):
                     progress.update(step.number, **pick(step.metrics, SHOWN[stage]))
         if self.run is not None:
             self.save(self.run.path)
+
+    def _watcher(self, progress: StageProgress) -> Callable[[int, int], None]:
+        before = self.ppo.engine.statistics
+
+        def watch(done: int, wanted: int) -> None:
+            figures = self.ppo.engine.statistics.since(before).metrics()
+            speed, hits = figures["time/tokens_per_second"], figures["rollout/cache_hit_rate"]
+            progress.note(f"sampling {done}/{wanted}  {speed:.0f} tokens/s  {hits:.0%} of prompt tokens from the cache")
+
+        return watch
 
     def _pretrain(self) -> Iterator[Step]:
         if self.critic_ready:

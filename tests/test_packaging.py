@@ -57,7 +57,7 @@ def test_sdist_builds_from_itself(distributions: Path) -> None:
 
 
 def test_wheel_has_every_module_and_nothing_else(wheel_names: set[str]) -> None:
-    shipped = {".py", ".pyi", ".typed"}
+    shipped = {".py", ".pyi", ".typed", ".json"}
     expected = {
         f"ppomax/{path.as_posix()}"
         for path in source_files()
