@@ -6,9 +6,9 @@
 bootstrap value (0 without one) and A is 0. Source: arXiv 1506.02438, equations 11-16; rewards of language
 models as in arXiv 2307.04964, `r_t = -kl_coef kl_t`, plus the sequence's score at its last unmasked token.
 
-Unmasked tokens are gathered, so the recurrence has one constant decay. It is solved in blocks: each block by
-one product with the triangular matrix `decay^(j - i)`, the carries between blocks by the same method on the
-blocks' first elements. No power is ever divided by, so gamma = lambda = 1 is as stable as any.
+On a GPU one Triton kernel goes over each sequence from its end (`gpu/gae.py`). In torch the unmasked tokens are
+gathered, so that the recurrence has one constant decay, and solved by `discounting.py`. Neither ever divides by
+a power of the decay: gamma = lambda = 1 is as stable as any.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kl import KLKind, kl_penalty
-from .matmul import full_precision
+from .discounting import discounted_advantages, spread, take, unmasked
+from .dispatch import dense, uses_triton
+from .kl import KLKind, kl_penalty, kl_terms
 from .reductions import check_mask, loss_dtype
-
-BLOCK = 64
 
 
 class GAE(NamedTuple):
@@ -76,93 +75,37 @@ def gae_ref(
 def _bounds(like: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     """[S+1] int64 sequence boundaries of the flattened input."""
     if cu_seqlens is not None:
-        if like.dim() != 1:
-            raise ValueError(f"with cu_seqlens inputs are packed [N], got {tuple(like.shape)}")
         return cu_seqlens.long()
-    if like.dim() != 2:
-        raise ValueError(f"inputs are [B, T], or packed [N] with cu_seqlens; got {tuple(like.shape)}")
     return torch.arange(like.shape[0] + 1, device=like.device) * like.shape[1]
 
 
-@full_precision
-def decayed_sums(x: Tensor, lengths: Tensor, decay: float) -> Tensor:
-    """y_i = sum_{j >= i, same sequence} decay^(j - i) x_j over packed sequences; x [N], lengths [S] int64."""
-    if x.numel() == 0:
-        return x.clone()
-    blocks_of = (lengths + (BLOCK - 1)) // BLOCK  # [S]
-    n_blocks = int(blocks_of.sum())
-    slots = _block_slots(lengths, blocks_of, x.numel())
-    blocks = _scatter(x, slots, n_blocks)
-    powers = decay ** torch.arange(BLOCK + 1, dtype=x.dtype, device=x.device)
-    y = blocks @ _triangle(powers[:BLOCK])
-    if int(blocks_of.max()) > 1:
-        heads = decayed_sums(y[:, 0].contiguous(), blocks_of, decay**BLOCK)
-        carry = torch.cat([heads[1:], heads.new_zeros(1)])
-        last = blocks_of.cumsum(0) - 1
-        carry[last[blocks_of > 0]] = 0.0
-        y.addcmul_(carry[:, None], powers[1:].flip(0))
-    return y.flatten() if slots is None else y.flatten()[slots]
-
-
-def _block_slots(lengths: Tensor, blocks_of: Tensor, total: int) -> Tensor | None:
-    """Where each element lies once every sequence is padded to whole blocks; None where that changes nothing."""
-    padding = blocks_of * BLOCK - lengths
-    before = padding.cumsum(0) - padding
-    if int(before[-1]) == 0 and int(padding[-1]) == 0:
-        return None
-    return torch.arange(total, device=lengths.device) + torch.repeat_interleave(before, lengths, output_size=total)
-
-
-def _scatter(x: Tensor, slots: Tensor | None, n_blocks: int) -> Tensor:
-    if slots is None:
-        return x.view(n_blocks, BLOCK)
-    return x.new_zeros(n_blocks * BLOCK).index_copy_(0, slots, x).view(n_blocks, BLOCK)
-
-
-def _triangle(powers: Tensor) -> Tensor:
-    """M[j, i] = powers[j - i] for j >= i, else 0."""
-    index = torch.arange(powers.numel(), device=powers.device)
-    gap = index[:, None] - index[None, :]
-    return torch.where(gap >= 0, powers[gap.clamp(min=0)], 0.0)
-
-
-def _unmasked(mask: Tensor | None, bounds: Tensor) -> tuple[Tensor | None, Tensor]:
-    """(flat positions of unmasked tokens or None for all, their number per sequence [S])."""
-    if mask is None:
-        return None, bounds.diff()
-    flat = mask.flatten()
-    before = torch.cat([flat.new_zeros(1, dtype=torch.int64), flat.cumsum(0)])
-    return flat.nonzero().squeeze(1), before[bounds].diff()
-
-
-def _advantages(
+@torch.library.custom_op("ppomax::gae", mutates_args=())
+def _gae(
     rewards: Tensor,
     values: Tensor,
-    lengths: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
     bootstrap_values: Tensor | None,
     gamma: float,
     gae_lambda: float,
-) -> Tensor:
-    """Advantages of the unmasked tokens, packed [n], with `lengths` of them per sequence."""
-    if rewards.numel() == 0:
-        return rewards.clone()
-    next_values = torch.cat([values[1:], values.new_zeros(1)])
-    some = lengths > 0
-    last = (lengths.cumsum(0) - 1)[some]
-    next_values[last] = 0.0 if bootstrap_values is None else bootstrap_values.to(values.dtype)[some]
-    deltas = torch.add(rewards, next_values, alpha=gamma).sub_(values)
-    return decayed_sums(deltas, lengths, gamma * gae_lambda)
+) -> tuple[Tensor, Tensor]:
+    """(advantages, returns)"""
+    if uses_triton(rewards, values, bootstrap_values):
+        from .gpu import gae as triton_path
+
+        r, v, sequences = rewards.contiguous(), values.contiguous(), dense(cu_seqlens)
+        return triton_path.gae(r, v, dense(mask), sequences, dense(bootstrap_values), gamma, gae_lambda)
+    dtype = loss_dtype(rewards, values)
+    positions, lengths = unmasked(mask, _bounds(rewards, cu_seqlens))
+    r, v = take(rewards, positions, dtype), take(values, positions, dtype)
+    advantages = discounted_advantages(r, v, lengths, bootstrap_values, gamma, gae_lambda)
+    return spread(advantages, positions, rewards.shape), spread(advantages + v, positions, rewards.shape)
 
 
-def _spread(x: Tensor, positions: Tensor | None, shape: torch.Size) -> Tensor:
-    if positions is None:
-        return x.view(shape)
-    return x.new_zeros(shape.numel()).index_copy_(0, positions, x).view(shape)
-
-
-def _take(x: Tensor, positions: Tensor | None, dtype: torch.dtype) -> Tensor:
-    x = x.detach().flatten()
-    return (x if positions is None else x[positions]).to(dtype)
+@_gae.register_fake
+def _(rewards: Tensor, values: Tensor, *others: Tensor | float | None) -> tuple[Tensor, Tensor]:
+    dtype = loss_dtype(rewards, values)
+    return rewards.new_empty(rewards.shape, dtype=dtype), rewards.new_empty(rewards.shape, dtype=dtype)
 
 
 @torch.no_grad()
@@ -193,17 +136,24 @@ def gae(
     """
     if rewards.shape != values.shape:
         raise ValueError(f"shapes differ: rewards {tuple(rewards.shape)}, values {tuple(values.shape)}")
-    dtype = loss_dtype(rewards, values)
-    positions, lengths = _unmasked(check_mask(mask, rewards.shape), _bounds(rewards, cu_seqlens))
-    _check_bootstrap(bootstrap_values, lengths)
-    r, v = _take(rewards, positions, dtype), _take(values, positions, dtype)
-    advantages = _advantages(r, v, lengths, bootstrap_values, gamma, gae_lambda)
-    return GAE(*(_spread(x, positions, rewards.shape) for x in (advantages, advantages + v)))
+    mask = check_mask(mask, rewards.shape)
+    _check_bootstrap(bootstrap_values, _n_sequences(rewards, cu_seqlens))
+    return GAE(*_gae(rewards, values, mask, cu_seqlens, bootstrap_values, gamma, gae_lambda))
 
 
-def _check_bootstrap(bootstrap_values: Tensor | None, lengths: Tensor) -> None:
-    if bootstrap_values is not None and bootstrap_values.shape != lengths.shape:
-        raise ValueError(f"bootstrap_values has shape {tuple(bootstrap_values.shape)}, for {lengths.numel()} sequences")
+def _n_sequences(like: Tensor, cu_seqlens: Tensor | None) -> int:
+    if cu_seqlens is not None:
+        if like.dim() != 1:
+            raise ValueError(f"with cu_seqlens inputs are packed [N], got {tuple(like.shape)}")
+        return cu_seqlens.numel() - 1
+    if like.dim() != 2:
+        raise ValueError(f"inputs are [B, T], or packed [N] with cu_seqlens; got {tuple(like.shape)}")
+    return like.shape[0]
+
+
+def _check_bootstrap(bootstrap_values: Tensor | None, n_sequences: int) -> None:
+    if bootstrap_values is not None and bootstrap_values.shape != (n_sequences,):
+        raise ValueError(f"bootstrap_values has shape {tuple(bootstrap_values.shape)}, for {n_sequences} sequences")
 
 
 def shaped_gae_ref(
@@ -244,6 +194,53 @@ def shaped_gae_ref(
     return ShapedGAE(advantages, returns, rewards, kl, count, mean, (kept - mean).square().sum())
 
 
+@torch.library.custom_op("ppomax::shaped_gae", mutates_args=())
+def _shaped_gae(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    values: Tensor,
+    cu_seqlens: Tensor,
+    mask: Tensor | None,
+    bootstrap_values: Tensor | None,
+    kl_coef: float,
+    kl_kind: str,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The fields of ShapedGAE."""
+    if uses_triton(scores, logprobs, ref_logprobs, values, bootstrap_values):
+        from .gpu import gae as triton_path
+
+        return triton_path.shaped_gae(
+            scores.contiguous(), logprobs.contiguous(), ref_logprobs.contiguous(), values.contiguous(),
+            cu_seqlens.contiguous(), dense(mask), dense(bootstrap_values), kl_coef, kl_kind, gamma, gae_lambda,
+        )  # fmt: skip
+    dtype = loss_dtype(scores, logprobs, ref_logprobs, values)
+    positions, lengths = unmasked(mask, _bounds(values, cu_seqlens))
+    lp, ref, v = (take(t, positions, dtype) for t in (logprobs, ref_logprobs, values))
+    kl = kl_penalty(lp, ref, kl_kind)  # type: ignore[arg-type]  # a KLKind: ops know only str
+    rewards = -kl_coef * kl
+    some = lengths > 0
+    rewards[(lengths.cumsum(0) - 1)[some]] += scores.to(dtype)[some]
+    advantages = discounted_advantages(rewards, v, lengths, bootstrap_values, gamma, gae_lambda)
+    count = torch.full((), float(advantages.numel()), dtype=dtype, device=v.device)
+    mean = advantages.sum() / count.clamp(min=1)
+    m2 = (advantages - mean).square().sum()
+    a, r, w, k = (spread(x, positions, values.shape) for x in (advantages, advantages + v, rewards, kl))
+    return a, r, w, k, count, mean, m2
+
+
+@_shaped_gae.register_fake
+def _(
+    scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, values: Tensor, *others: Tensor | float | str | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = loss_dtype(scores, logprobs, ref_logprobs, values)
+    a, r, w, k = (values.new_empty(values.shape, dtype=dtype) for _ in range(4))
+    count, mean, m2 = (values.new_empty((), dtype=dtype) for _ in range(3))
+    return a, r, w, k, count, mean, m2
+
+
 @torch.no_grad()
 def shaped_gae(
     scores: Tensor,
@@ -280,19 +277,11 @@ def shaped_gae(
     if not logprobs.shape == ref_logprobs.shape == values.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (logprobs, ref_logprobs, values))
         raise ValueError(f"shapes differ: {shapes}")
-    dtype = loss_dtype(scores, logprobs, ref_logprobs, values)
-    positions, lengths = _unmasked(check_mask(mask, values.shape), _bounds(values, cu_seqlens))
-    if scores.shape != lengths.shape:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}, for {lengths.numel()} sequences")
-    _check_bootstrap(bootstrap_values, lengths)
-    lp, ref, v = (_take(t, positions, dtype) for t in (logprobs, ref_logprobs, values))
-    kl = kl_penalty(lp, ref, kl_kind)
-    rewards = -kl_coef * kl
-    some = lengths > 0
-    rewards[(lengths.cumsum(0) - 1)[some]] += scores.to(dtype)[some]
-    advantages = _advantages(rewards, v, lengths, bootstrap_values, gamma, gae_lambda)
-    count = torch.full((), float(advantages.numel()), dtype=dtype, device=v.device)
-    mean = advantages.sum() / count.clamp(min=1)
-    m2 = (advantages - mean).square().sum()
-    spread = [_spread(x, positions, values.shape) for x in (advantages, advantages + v, rewards, kl)]
-    return ShapedGAE(spread[0], spread[1], spread[2], spread[3], count, mean, m2)
+    kl_terms(logprobs[:0], kl_kind)  # raises where the estimator is unknown
+    mask = check_mask(mask, values.shape)
+    n_sequences = _n_sequences(values, cu_seqlens)
+    if scores.shape != (n_sequences,):
+        raise ValueError(f"scores has shape {tuple(scores.shape)}, for {n_sequences} sequences")
+    _check_bootstrap(bootstrap_values, n_sequences)
+    sequences = (scores, logprobs, ref_logprobs, values, cu_seqlens, mask, bootstrap_values)
+    return ShapedGAE(*_shaped_gae(*sequences, kl_coef, kl_kind, gamma, gae_lambda))

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import traced, uses_triton
 from .matmul import full_precision
 
 _SMALL_CACHE = 1 << 13  # padded positions below which sequences of all lengths are taken together
@@ -150,7 +151,7 @@ def _decode(q: Tensor, cache: _Cache, lengths: list[int], sequences: Tensor | No
     groups = length_groups(lengths)
     if len(groups) == 1:
         return cache.attend(q[:, None], slice(None) if sequences is None else sequences, max(lengths))[:, 0]
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     for group in groups:
         rows = torch.tensor(group, device=q.device)
         chosen = rows if sequences is None else sequences[rows]
@@ -160,7 +161,7 @@ def _decode(q: Tensor, cache: _Cache, lengths: list[int], sequences: Tensor | No
 
 def _ragged(q: Tensor, cache: _Cache, lengths: list[int], bounds: list[int]) -> Tensor:
     """Sequences with one query together, the others one by one."""
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     single = [s for s, (start, stop) in enumerate(pairwise(bounds)) if stop - start == 1]
     if single:
         rows, sequences = torch.tensor([[bounds[s] for s in single], single], device=q.device)
@@ -169,6 +170,42 @@ def _ragged(q: Tensor, cache: _Cache, lengths: list[int], bounds: list[int]) -> 
         if stop - start > 1:
             out[start:stop] = cache.attend(q[None, start:stop], slice(s, s + 1), lengths[s])[0]
     return out
+
+
+def _paged_attention(
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    if uses_triton(q, k_pool, v_pool):
+        from .gpu import paged_attention as triton_path
+
+        q = q if q.stride(2) == 1 else q.contiguous()
+        pools, indices = (k_pool, v_pool), (block_table, seq_lens, cu_seqlens_q)
+        k_pool, v_pool, block_table, seq_lens, cu_seqlens_q = (x.contiguous() for x in (*pools, *indices))
+        return triton_path.attend(q, k_pool, v_pool, block_table, seq_lens, cu_seqlens_q, scale, window, softcap)
+    lengths, bounds = seq_lens.tolist(), cu_seqlens_q.tolist()
+    _check_lengths(lengths, bounds, block_table.shape[1] * k_pool.shape[1], q.shape[0])
+    cache = _Cache(k_pool, v_pool, block_table, seq_lens, scale, window, softcap)
+    if not q.shape[0]:
+        return q.new_empty(q.shape)
+    if bounds == list(range(len(bounds))):
+        return _decode(q, cache, lengths)
+    return _ragged(q, cache, lengths, bounds)
+
+
+_op = torch.library.custom_op("ppomax::paged_attention", mutates_args=())(_paged_attention)
+
+
+@_op.register_fake
+def _(q: Tensor, *others: Tensor | float | None) -> Tensor:
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -201,17 +238,13 @@ def paged_attention(
         [Tq, Hq, D] in the dtype of q.
 
     Raises:
-        ValueError: shapes that do not fit, more queries than cached tokens, or a table too short.
+        ValueError: shapes that do not fit; in torch also more queries than cached tokens, or a table too short
+            (a GPU's lengths are not looked at).
     """
     _check(q, k_pool, v_pool, block_table, seq_lens, cu_seqlens_q)
-    lengths, bounds = seq_lens.tolist(), cu_seqlens_q.tolist()
-    _check_lengths(lengths, bounds, block_table.shape[1] * k_pool.shape[1], q.shape[0])
-    cache = _Cache(k_pool, v_pool, block_table, seq_lens, scale, window, softcap)
-    if not q.shape[0]:
-        return q.clone()
-    if bounds == list(range(len(bounds))):
-        return _decode(q, cache, lengths)
-    return _ragged(q, cache, lengths, bounds)
+    tensors = (q, k_pool, v_pool, block_table, seq_lens, cu_seqlens_q)
+    run = _op if traced(*tensors) else _paged_attention
+    return run(*tensors, scale, window, softcap)
 
 
 def _check(

@@ -15,7 +15,7 @@ loss of the whole batch (for the seq-* forms each sequence must lie in one of th
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -68,6 +68,19 @@ def sequence_counts(mask: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype)
     return per_row.flatten(), per_row
 
 
+class Weighting(NamedTuple):
+    """How the terms of a loss are weighted."""
+
+    reduction: Reduction = "token-mean"
+    normalizer: float | Tensor | None = None
+    cu_seqlens: Tensor | None = None
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"unknown reduction {reduction!r}, expected one of {', '.join(get_args(Reduction))}")
+
+
 def token_weights(
     mask: Tensor | None,
     like: Tensor,
@@ -77,8 +90,7 @@ def token_weights(
     cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The weights w_i of the module's docstring, in the shape and dtype of `like`."""
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"unknown reduction {reduction!r}, expected one of {', '.join(get_args(Reduction))}")
+    check_reduction(reduction)
     if reduction.startswith("token"):
         return _per_token_weights(mask, like, reduction, normalizer)
     present = torch.ones_like(like, dtype=torch.bool) if mask is None else mask

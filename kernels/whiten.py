@@ -1,29 +1,31 @@
 """Masked means, variances and whitening.
 
-    mean = sum_i m_i x_i / n          var = sum_i m_i (x_i - mean)^2 / (n - 1)
-    whitened = (x - mean) / sqrt(var + eps)
+    var = m2 / (n - 1)          whitened = (x - mean) / sqrt(var + eps)
 
-over all unmasked elements, or within segments (sequences, groups). With a process group the moments are those
-of all ranks together (Chan et al. 1979, merged by count, mean and m2 = sum (x - mean)^2).
+with n, mean and m2 of `moments.py`. On a GPU the passes over the elements run in Triton (`gpu/whiten.py`), with
+
+    dL/dx_i = rstd g_i          dL/dmean = -rstd sum_i g_i          dL/drstd = sum_i g_i (x_i - mean)
+
+behind them, and what lies between, a few scalars per segment, in torch; elsewhere torch's autograd does it all.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from .reductions import check_mask, keep, loss_dtype
+from .dispatch import dense, uses_triton
+from .moments import Moments, Segments, elements, flat, merge_over, moments, moments_of, per_element, segments_of
+from .reductions import check_mask, keep
 
 
-class Moments(NamedTuple):
-    """count, mean and m2 = sum (x - mean)^2 of unmasked elements: 0-dim, or one per segment [G]."""
-
-    count: Tensor  # type: ignore[assignment]  # shadows tuple.count
-    mean: Tensor
-    m2: Tensor
+def variance(of: Moments, unbiased: bool = True) -> Tensor:
+    """m2 / (count - 1), or / count; 0 where there are too few elements."""
+    return of.m2 / (of.count - float(unbiased)).clamp(min=1)
 
 
 def masked_whiten_ref(
@@ -45,61 +47,56 @@ def masked_whiten_ref(
     return out
 
 
-def moments(
+@torch.library.custom_op("ppomax::whiten_backward", mutates_args=())
+def _whiten_backward(
     x: Tensor,
-    mask: Tensor | None = None,
-    *,
-    segments: Tensor | None = None,
-    num_segments: int | None = None,
-    group: dist.ProcessGroup | None = None,
-) -> Moments:
-    """Count, mean and m2 of the unmasked elements, per segment where `segments` (ids, the shape of x) is given."""
-    dtype = loss_dtype(x)
-    mask = check_mask(mask, x.shape)
-    x = keep(x, mask, dtype)
-    ones = torch.ones_like(x) if mask is None else mask.to(dtype)
-    ids = _segment_ids(x, segments)
-    size = 1 if ids is None else _num_segments(ids, num_segments)
-    count, total = (_segment_sums(t, ids, size) for t in (ones, x))
-    mean = total / count.clamp(min=1)
-    centred = keep(x - _per_element(mean, ids, x.shape), mask, dtype)
-    result = Moments(count, mean, _segment_sums(centred.square(), ids, size))
-    return result if group is None else merge_over(result, group)
+    upstream: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    bounds: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shift_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dx [N], dL/dmean [G] and dL/drstd [G] of y = (x - mean) * rstd, to which the mean is added without
+    `shift_mean`; fp32."""
+    from .gpu import whiten as triton_path
+
+    return triton_path.backward(x, upstream, mask, order, bounds, mean, rstd, shift_mean)
 
 
-def _segment_ids(x: Tensor, segments: Tensor | None) -> Tensor | None:
-    return None if segments is None else segments.expand(x.shape).flatten().long()
+@_whiten_backward.register_fake
+def _(
+    x: Tensor,
+    upstream: Tensor,
+    mask: Tensor | None,
+    order: Tensor | None,
+    bounds: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shift_mean: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.float32), torch.empty_like(mean), torch.empty_like(rstd)
 
 
-def _num_segments(ids: Tensor, num_segments: int | None) -> int:
-    if num_segments is not None:
-        return num_segments
-    return int(ids.max()) + 1 if ids.numel() else 1
+class _Whiten(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, mask: Tensor | None, of: Segments, mean: Tensor, rstd: Tensor, shift_mean: bool
+    ) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, mask, of.order, of.bounds, mean, rstd)
+        ctx.shift_mean = shift_mean
+        return elements(x, mask, of.ids, mean, rstd, None if shift_mean else mean)
 
-
-def _segment_sums(x: Tensor, ids: Tensor | None, size: int) -> Tensor:
-    if ids is None:
-        return x.sum()
-    return x.new_zeros(size).index_add_(0, ids, x.flatten())
-
-
-def _per_element(per_segment: Tensor, ids: Tensor | None, shape: torch.Size) -> Tensor:
-    return per_segment if ids is None else per_segment[ids].view(shape)
-
-
-def merge_over(local: Moments, group: dist.ProcessGroup) -> Moments:
-    """The moments of all ranks of `group` together."""
-    sums = torch.stack([local.count, local.count * local.mean])
-    dist.all_reduce(sums, group=group)
-    mean = sums[1] / sums[0].clamp(min=1)
-    m2 = local.m2 + local.count * (local.mean - mean).square()
-    dist.all_reduce(m2, group=group)
-    return Moments(sums[0], mean, m2)
-
-
-def variance(of: Moments, unbiased: bool = True) -> Tensor:
-    """m2 / (count - 1), or / count; 0 where there are too few elements."""
-    return of.m2 / (of.count - float(unbiased)).clamp(min=1)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+        if upstream is None:
+            return (None,) * 6
+        x, *rest = ctx.saved_tensors
+        dx, dmean, drstd = _whiten_backward(x, dense(upstream), *rest, ctx.shift_mean)
+        return dx.to(x.dtype), None, None, dmean, drstd, None
 
 
 def whitening(
@@ -133,7 +130,7 @@ def masked_mean(
     Args:
         x: any shape. mask: the same shape, True = keep; other elements may hold anything.
         segments: ids in [0, G), broadcastable to x, of the group each element belongs to.
-        num_segments: G; None looks for the largest id.
+        num_segments: G; None looks for the largest id, for which the host waits for the device.
         group: process group whose ranks are averaged over together.
     """
     return moments(x, mask, segments=segments, num_segments=num_segments, group=group).mean
@@ -172,9 +169,11 @@ def masked_whiten(
     Returns:
         fp32 (fp64 where x is), the shape of x.
     """
-    of = moments(x, mask, segments=segments, num_segments=num_segments, group=group)
-    mean, rstd = whitening(of, shift_mean=shift_mean, unbiased=unbiased, eps=eps)
-    dtype, ids = of.mean.dtype, _segment_ids(x, segments)
-    x = keep(x, check_mask(mask, x.shape), dtype)
-    whitened = (x - _per_element(mean, ids, x.shape)) * _per_element(rstd, ids, x.shape)
-    return keep(whitened, check_mask(mask, x.shape), dtype)
+    mask, of = check_mask(mask, x.shape), segments_of(x, segments, num_segments)
+    mean, rstd = whitening(moments_of(x, mask, of, group), unbiased=unbiased, eps=eps)
+    if uses_triton(x):
+        tokens = (flat(x), None if mask is None else flat(mask))
+        return _Whiten.apply(*tokens, of, mean.reshape(-1), rstd.reshape(-1), shift_mean).view(x.shape)
+    mean, rstd = (per_element(t, of, x.shape) for t in (mean, rstd))
+    whitened = (keep(x, mask, mean.dtype) - mean) * rstd
+    return keep(whitened if shift_mean else whitened + mean, mask, mean.dtype)

@@ -1,4 +1,4 @@
-"""The loss maths of `ppo_loss.py` and `kl.py` as Triton functions, with their derivatives: what every kernel calls.
+"""The loss maths of `ppo_terms.py` and `kl.py` as Triton functions, with their derivatives: what every kernel calls.
 
 The torch functions there are the definition; tests hold these to them.
 """
@@ -23,15 +23,21 @@ def tanh(x):
 @triton.jit
 def exp_minus_linear(x):
     """exp(x) - 1 - x, by its series near 0, where the difference cancels."""
-    tail = 1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7 * (1.0 + x / 8)))
-    series = 0.5 * x * x * (1.0 + x / 3 * (1.0 + x / 4 * tail))
-    return tl.where(tl.abs(x) < 0.3, series, tl.exp(x) - 1.0 - x)
+    tail = 1.0 / 120 + x * (1.0 / 720 + x * (1.0 / 5040 + x * (1.0 / 40320)))
+    series = x * x * (0.5 + x * (1.0 / 6 + x * (1.0 / 24 + x * tail)))
+    return tl.where(tl.abs(x) < 0.4, series, tl.exp(x) - 1.0 - x)
 
 
 @triton.jit
 def exp_minus_one(x):
     """exp(x) - 1 without cancellation."""
-    return exp_minus_linear(x) + x
+    return tl.where(tl.abs(x) < 0.4, x + exp_minus_linear(x), tl.exp(x) - 1.0)
+
+
+@triton.jit
+def clamp(x, low, high):
+    """x held between the bounds; NaN stays NaN, which tl.clamp, tl.minimum and tl.maximum would drop."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
@@ -70,7 +76,7 @@ def policy_row(
     HAS_ENTROPY: tl.constexpr,
     KL_KIND: tl.constexpr,
 ):
-    """The policy term of each token: `ppo_loss.policy_terms` and its derivatives.
+    """The policy term of each token: `ppo_terms.policy_terms` and its derivatives.
 
     Bounds that are off are inf, an absent importance weight is 1; KL_KIND 0 is no KL term.
 
@@ -79,20 +85,19 @@ def policy_row(
         the dual bound.
     """
     raw = logprob - old_logprob
-    log_ratio = tl.minimum(tl.maximum(raw, -log_ratio_clamp), log_ratio_clamp)
-    ratio = tl.exp(log_ratio)
+    ratio = tl.exp(clamp(raw, -log_ratio_clamp, log_ratio_clamp))
     negative = advantage < 0
     least = tl.where(negative, lower, 0.0)
     most = tl.where(negative, dual, upper)
     weighted = -advantage * importance_weight
-    term = weighted * tl.minimum(tl.maximum(ratio, least), most)
-    moves = (ratio >= least) & (ratio <= most) & (tl.abs(raw) <= log_ratio_clamp)
-    slope = tl.where(moves, weighted * ratio, 0.0)
+    term = weighted * clamp(ratio, least, most)
+    stays = (ratio < least) | (ratio > most) | (tl.abs(raw) > log_ratio_clamp)
+    slope = tl.where(stays, 0.0, weighted * ratio)
     entropy_slope = tl.zeros_like(term)
     if HAS_ENTROPY:
-        rewarded = entropy < entropy_bound
-        term -= tl.where(rewarded, entropy_coef * entropy, 0.0)
-        entropy_slope = tl.where(rewarded, -entropy_coef, 0.0)
+        unrewarded = entropy >= entropy_bound
+        term -= tl.where(unrewarded, 0.0, entropy_coef * entropy)
+        entropy_slope = tl.where(unrewarded, 0.0, -entropy_coef)
     if KL_KIND != 0:
         kl, kl_slope = kl_row(logprob - ref_logprob, KL_KIND)
         term += kl_coef * kl
@@ -105,7 +110,7 @@ def policy_row(
 
 @triton.jit
 def value_row(value, old_value, target, clip_eps, coef, CLIP: tl.constexpr):
-    """(term, dterm/dvalue, whether the clipped error is the larger): `ppo_loss.value_terms`.
+    """(term, dterm/dvalue, whether the clipped error is the larger): `ppo_terms.value_terms`.
 
     Where both errors are equal the derivative is the mean of theirs, as torch.maximum has it.
     """
@@ -114,13 +119,13 @@ def value_row(value, old_value, target, clip_eps, coef, CLIP: tl.constexpr):
     slope = 2.0 * error
     clipped_larger = term < 0
     if CLIP:
-        moved = value - old_value
-        held = tl.minimum(tl.maximum(moved, -clip_eps), clip_eps)
-        clipped_error = old_value + held - target
+        low, high = old_value - clip_eps, old_value + clip_eps
+        free = (value >= low) & (value <= high)
+        clipped_error = tl.where(free, value, tl.where(value < low, low, high)) - target
         clipped_term = clipped_error * clipped_error
-        clipped_slope = tl.where(tl.abs(moved) <= clip_eps, 2.0 * clipped_error, 0.0)
+        clipped_slope = tl.where(free, 2.0 * clipped_error, 0.0)
         clipped_larger = clipped_term > term
         mean_slope = 0.5 * (slope + clipped_slope)
         slope = tl.where(clipped_larger, clipped_slope, tl.where(clipped_term < term, slope, mean_slope))
-        term = tl.maximum(term, clipped_term)
+        term = tl.maximum(term, clipped_term, propagate_nan=tl.PropagateNan.ALL)
     return coef * term, coef * slope, clipped_larger

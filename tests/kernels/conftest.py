@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -61,12 +62,14 @@ def _error(x: Tensor, exact: Tensor) -> float:
 
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty and its kin return NaN (the largest integer where they hold integers)."""
+    """torch.empty and its kin return NaN (the largest integer where they hold integers, True where bools)."""
 
     def poison(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*args: Any, **kwargs: Any) -> Tensor:
             x = make(*args, **kwargs)
-            return x.fill_(torch.nan if x.is_floating_point() else torch.iinfo(x.dtype).max)
+            if x.is_floating_point():
+                return x.fill_(torch.nan)
+            return x.fill_(True if x.dtype == torch.bool else torch.iinfo(x.dtype).max)
 
         return made
 
@@ -76,25 +79,30 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 32 rows and tiles of 48 columns, so that small inputs take several of each."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Chunks of 32 rows and tiles of 48 columns (64 in Triton), so that small inputs take several of each."""
     from ppomax.kernels import lm_head
+    from ppomax.kernels.gpu.launch import overriding
 
     monkeypatch.setattr(lm_head, "CHUNK_BYTES", 0)
     monkeypatch.setattr(lm_head, "MIN_ROWS", 32)
     monkeypatch.setattr(lm_head, "TILE_COLUMNS", 48)
     monkeypatch.setattr(lm_head, "TILE_ELEMENTS", 32 * 48)
+    monkeypatch.setattr(lm_head, "GPU_CHUNK_BYTES", 0)
+    monkeypatch.setattr(lm_head, "GPU_MIN_ROWS", 32)
+    with overriding("linear_rows", {"BLOCK_V": 64, "num_warps": 1, "num_stages": 1}):
+        yield
 
 
 @pytest.fixture
 def unseeing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The paths of a device whose values the host cannot look at, run on a CPU."""
-    from ppomax.kernels import head_gradient, kv_write, lm_head, logprobs, sampling
+    from ppomax.kernels import head_gradient, kv_write, lm_head, logprobs, sampling, truncation
 
-    for module in (head_gradient, kv_write, lm_head, logprobs, sampling):
+    for module in (head_gradient, kv_write, lm_head, logprobs, sampling, truncation):
         monkeypatch.setattr(module, "host_sees", lambda x: False)
-    monkeypatch.setattr(lm_head, "CUDA_CHUNK_BYTES", 0)
-    monkeypatch.setattr(lm_head, "CUDA_MIN_ROWS", 32)
+    monkeypatch.setattr(lm_head, "GPU_CHUNK_BYTES", 0)
+    monkeypatch.setattr(lm_head, "GPU_MIN_ROWS", 32)
 
 
 @pytest.fixture
@@ -110,3 +118,57 @@ def head_inputs() -> Callable[..., Any]:
         return hidden, weight, bias, torch.randint(0, v, (n,))
 
     return build
+
+
+class Tokens(dict[str, Tensor]):
+    """Per-token fields of the PPO losses, [B, T], and a mask that leaves out a fifth of the tokens and the padding."""
+
+    def __init__(self, lengths: Sequence[int], dtype: torch.dtype) -> None:
+        super().__init__()
+        b, t = len(lengths), max(lengths)
+        self.present = torch.arange(t) < torch.tensor(lengths)[:, None]
+        self.bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        self.mask = self.present & (torch.rand(b, t) > 0.2)
+        noise = iter(0.4 * torch.randn(8, b, t, dtype=dtype))
+        self["logprobs"] = -torch.rand(b, t, dtype=dtype) * 3
+        self["old_logprobs"] = self["logprobs"] + next(noise)
+        self["ref_logprobs"] = self["logprobs"] + next(noise)
+        self["advantages"] = 0.7 + 2.5 * next(noise)
+        self["importance_weights"] = torch.rand(b, t, dtype=dtype) * 2
+        self["entropy"] = torch.rand(b, t, dtype=dtype) * 2
+        self["values"] = 2.5 * next(noise)
+        self["old_values"] = self["values"] + next(noise)
+        self["returns"] = self["values"] + 2.5 * next(noise)
+
+    def policy(self) -> list[Tensor]:
+        return [self[name] for name in ("logprobs", "old_logprobs", "advantages")]
+
+    def critic(self) -> list[Tensor]:
+        return [self[name] for name in ("values", "old_values", "returns")]
+
+    def options(self, chosen: dict[str, Any]) -> dict[str, Any]:
+        """`chosen` with the tensors that it asks for: importance_weights=True, an entropy or a KL coefficient."""
+        used = {"importance_weights": "importance_weights", "entropy_coef": "entropy", "kl_coef": "ref_logprobs"}
+        return {**chosen, **{name: self[name] for option, name in used.items() if chosen.get(option)}}
+
+    def packed(self) -> Tokens:
+        """The same tokens as [N]."""
+        flat = self.but(**{name: x[self.present] for name, x in self.items()})
+        flat.mask = self.mask[self.present]
+        return flat
+
+    def leaves(self, *names: str) -> Tokens:
+        """A copy whose named fields require grad."""
+        return self.but(**{name: self[name].detach().clone().requires_grad_() for name in names})
+
+    def but(self, **fields: Tensor) -> Tokens:
+        """A copy with other fields."""
+        other = copy.copy(self)
+        other.update(fields)
+        return other
+
+
+@pytest.fixture
+def tokens() -> Callable[..., Tokens]:
+    """tokens(lengths, dtype=torch.float32): a dict of per-token fields with `.mask`, `.bounds` and `.packed()`."""
+    return lambda lengths, dtype=torch.float32: Tokens(lengths, dtype)

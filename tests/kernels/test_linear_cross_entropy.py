@@ -1,5 +1,6 @@
 """Cross-entropy from hidden states: against float64, weights, and the log-probs that the others give."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +10,12 @@ from ppomax.kernels.linear_cross_entropy import linear_cross_entropy, linear_cro
 from ppomax.kernels.linear_logprobs import linear_logprobs
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("path")
+
 
 def plain_cross_entropy(
     hidden: Tensor, weight: Tensor, labels: Tensor, row_weights: Tensor | None = None, **options: Any
 ) -> Any:
-    from types import SimpleNamespace
-
     z = F.linear(hidden, weight, options.get("bias"))
     cap = options.get("softcap")
     z = z if cap is None else cap * torch.tanh(z / cap)
@@ -29,7 +30,7 @@ def plain_cross_entropy(
 @pytest.mark.usefixtures("small_chunks", "poisoned")
 @pytest.mark.parametrize("weighted", [False, True], ids=["even", "weighted"])
 @pytest.mark.parametrize("options", [{}, {"bias": True}, {"softcap": 4.0, "normalizer": 7.0}], ids=str)
-@pytest.mark.parametrize("shape", [(1, 8, 5), (70, 24, 131), (100, 16, 48)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 8, 5), (40, 24, 131), (65, 16, 48)], ids=str)
 def test_matches_float64(shape: tuple, options: dict, weighted: bool, head_inputs: Any, no_worse: Any) -> None:
     hidden, weight, bias, labels = head_inputs(*shape, scale=3.0)
     labels[1::5] = -100
@@ -64,7 +65,7 @@ def test_gradcheck(head_inputs: Any) -> None:
 
 
 def test_logprobs_are_those_of_linear_logprobs_bit_for_bit(head_inputs: Any) -> None:
-    hidden, weight, _, labels = head_inputs(300, 24, 2100)
+    hidden, weight, _, labels = head_inputs(100, 24, 300)
     labels[::4] = -100
     with torch.no_grad():
         expected = linear_logprobs(hidden, weight, labels)
@@ -109,8 +110,54 @@ def test_edges(head_inputs: Any) -> None:
     out.loss.backward()
     for x in (out.loss, hidden.grad, weight.grad):
         assert torch.equal(x, torch.zeros_like(x))
-    assert float(linear_cross_entropy(hidden[:0], weight, labels[:0]).loss) == 0.0
+    assert float(linear_cross_entropy(hidden[:0], weight, labels[:0]).loss.detach()) == 0.0
     with pytest.raises(ValueError, match="row_weights"):
         linear_cross_entropy(hidden, weight, labels, torch.ones(3))
-    with pytest.raises(ValueError, match="outside the vocabulary"):
-        linear_cross_entropy(hidden, weight, labels + 50)
+
+
+def test_label_outside_the_vocabulary(path: str, head_inputs: Any) -> None:
+    hidden, weight, _, labels = head_inputs(4, 8, 50)
+    labels[1] = 50
+    if path == "triton":
+        out = linear_cross_entropy(hidden, weight, labels)
+        assert out.logprobs.isnan().tolist() == [False, True, False, False]
+        assert bool(out.loss.isnan())
+    else:
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["hidden", "weight", "bias"])
+def test_partial_gradients(wanted: int, head_inputs: Any) -> None:
+    *inputs, labels = head_inputs(20, 8, 50)
+    exact = torch.autograd.grad(linear_cross_entropy_ref(*inputs[:2], labels, bias=inputs[2]).loss, inputs)[wanted]
+    for i, x in enumerate(inputs):
+        x.requires_grad_(i == wanted)
+    linear_cross_entropy(*inputs[:2], labels, bias=inputs[2]).loss.backward()
+    assert [x.grad is not None for x in inputs] == [i == wanted for i in range(3)]
+    torch.testing.assert_close(inputs[wanted].grad, exact.float())
+
+
+@pytest.mark.parametrize("in_buffer", [False, True])
+def test_compiles_in_one_graph(in_buffer: bool, head_inputs: Any) -> None:
+    hidden, weight, bias, labels = head_inputs(20, 8, 50)
+    labels[::4] = -100
+
+    def loss(x: Tensor, w: Tensor, b: Tensor, buffer: Tensor | None) -> Tensor:
+        return linear_cross_entropy(x * 1.0, w, labels, bias=b, softcap=5.0, weight_grad=buffer).loss
+
+    results = []
+    for function in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        buffer = torch.zeros_like(weight, requires_grad=False) if in_buffer else None
+        grads = torch.autograd.grad(function(hidden, weight, bias, buffer), (hidden, weight, bias), allow_unused=True)
+        results.append([grads[0], buffer if in_buffer else grads[1], grads[2]])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert float(results[0][1].abs().max()) > 0
+
+
+def test_custom_op_is_sound(head_inputs: Any) -> None:
+    hidden, weight, bias, labels = (x.detach() for x in head_inputs(6, 8, 30))
+    rows = (hidden, weight, bias, labels, torch.arange(6) != 2, 5.0, -torch.rand(6))
+    op = torch.ops.ppomax.linear_cross_entropy.default
+    for buffer, wants in ((None, [True, True, True]), (torch.zeros(30, 8), [True, False, False])):
+        torch.library.opcheck(op, (*rows, buffer, wants))

@@ -1,313 +1,279 @@
-"""Policy and value losses: against loops written from the papers, in every reduction, packed, padded and in pieces."""
+"""The PPO losses on both paths: against float64, in every reduction, at the edges, with garbage and overflow."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from ppomax.kernels.ppo_loss import (
-    merge_policy_stats,
-    merge_value_stats,
-    policy_loss,
-    policy_loss_ref,
-    ppo_loss,
-    ppo_loss_ref,
-    value_loss,
-    value_loss_ref,
-)
+from ppomax.kernels import ppo_loss as module
+from ppomax.kernels.ppo_loss import policy_loss, ppo_loss, ppo_loss_ref, value_loss, value_loss_ref
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("path")
+
 REDUCTIONS = ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
-POLICY_OPTIONS: dict[str, dict[str, Any]] = {
+LENGTHS = [40, 25, 1, 31]
+VALUES = ("values", "old_values", "returns")
+LEAVES = ("logprobs", "entropy", "values")
+ALL = {
+    "clip_eps_high": 0.28, "dual_clip": 1.6, "entropy_coef": 0.1, "entropy_bound": 1.2, "kl_coef": 0.1,
+    "importance_weights": True, "log_ratio_clamp": 0.5, "value_clip_eps": 0.3, "value_coef": 0.7,
+}  # fmt: skip
+OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
-    "asymmetric": {"clip_eps": 0.1, "clip_eps_high": 0.3},
     "dual": {"dual_clip": 1.5},
     "entropy": {"entropy_coef": 0.1},
-    "bounded-entropy": {"entropy_coef": 0.1, "entropy_bound": 1.0},
     "k1": {"kl_coef": 0.2, "kl_kind": "k1"},
-    "k2": {"kl_coef": 0.2, "kl_kind": "k2"},
     "k3": {"kl_coef": 0.2},
-    "weighted": {"importance_weights": True},
-    "all": {
-        "clip_eps_high": 0.28, "dual_clip": 3.0, "entropy_coef": 0.01, "entropy_bound": 2.0, "kl_coef": 0.1,
-        "importance_weights": True,
-    },
-}  # fmt: skip
+    "straight-through": {"kl_coef": 0.2, "kl_kind": "k1+"},
+    "unclipped-values": {"value_clip_eps": None},
+    "all": ALL,
+}
 
 
-class Fields(dict[str, Tensor]):
-    """Per-token fields of a padded batch [B, T] with its mask."""
-
-    def __init__(self, lengths: list[int], dtype: torch.dtype = torch.float64) -> None:
-        b, t = len(lengths), max(lengths)
-        super().__init__()
-        self.mask = torch.arange(t) < torch.tensor(lengths)[:, None]
-        self.mask &= torch.rand(b, t) > 0.2
-        self.lengths = lengths
-        self["logprobs"] = -torch.rand(b, t, dtype=dtype) * 3
-        self["old_logprobs"] = self["logprobs"] + 0.4 * torch.randn(b, t, dtype=dtype)
-        self["ref_logprobs"] = self["logprobs"] + 0.4 * torch.randn(b, t, dtype=dtype)
-        self["advantages"] = torch.randn(b, t, dtype=dtype)
-        self["importance_weights"] = torch.rand(b, t, dtype=dtype) * 2
-        self["entropy"] = torch.rand(b, t, dtype=dtype) * 2
-        self["values"] = torch.randn(b, t, dtype=dtype)
-        self["old_values"] = self["values"] + 0.3 * torch.randn(b, t, dtype=dtype)
-        self["returns"] = self["values"] + torch.randn(b, t, dtype=dtype)
-
-    def packed(self) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """(fields [N], mask [N], cu_seqlens [S+1])."""
-        present = torch.arange(self.mask.shape[1]) < torch.tensor(self.lengths)[:, None]
-        bounds = torch.tensor([0, *self.lengths]).cumsum(0).to(torch.int32)
-        return {name: x[present] for name, x in self.items()}, self.mask[present], bounds
-
-
-def policy(fields: dict[str, Tensor], mask: Tensor | None, function: Any = policy_loss, **options: Any) -> Any:
-    """A policy loss of the fields, with those that the options ask for."""
-    options = dict(options)
-    if options.get("importance_weights") is True:
-        options["importance_weights"] = fields["importance_weights"]
-    if options.get("entropy_coef"):
-        options["entropy"] = fields["entropy"]
-    if options.get("kl_coef"):
-        options["ref_logprobs"] = fields["ref_logprobs"]
-    return function(fields["logprobs"], fields["old_logprobs"], fields["advantages"], mask, **options)
-
-
-def policy_term(f: dict[str, float], options: dict[str, Any]) -> float:
-    """One token, from the papers."""
-    eps = options.get("clip_eps", 0.2)
-    high = options.get("clip_eps_high", eps)
-    ratio = math.exp(f["logprobs"] - f["old_logprobs"])
-    a = f["advantages"]
-    term = max(-a * ratio, -a * min(max(ratio, 1 - eps), 1 + high))
-    if a < 0 and "dual_clip" in options:
-        term = min(term, -a * options["dual_clip"])
-    if "importance_weights" in options:
-        term *= f["importance_weights"]
-    if f["entropy"] < options.get("entropy_bound", math.inf):
-        term -= options.get("entropy_coef", 0.0) * f["entropy"]
-    d = f["logprobs"] - f["ref_logprobs"]
-    kl = {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[options.get("kl_kind", "k3")]
-    return term + options.get("kl_coef", 0.0) * kl
-
-
-def value_term(f: dict[str, float], eps: float | None) -> float:
-    error = (f["values"] - f["returns"]) ** 2
-    if eps is None:
-        return 0.5 * error
-    moved = min(max(f["values"] - f["old_values"], -eps), eps)
-    return 0.5 * max(error, (f["old_values"] + moved - f["returns"]) ** 2)
-
-
-def reduced(term: Callable[[dict[str, float]], float], fields: Fields, reduction: str) -> float:
-    """The loss of the batch by a loop over sequences and tokens."""
-    sums, counts = [], []
-    for b in range(len(fields.lengths)):
-        tokens = [t for t in range(fields.mask.shape[1]) if fields.mask[b, t]]
-        sums.append(sum(term({name: float(x[b, t]) for name, x in fields.items()}) for t in tokens))
-        counts.append(len(tokens))
-    used = [(s, n) for s, n in zip(sums, counts, strict=True) if n]
-    if reduction == "token-mean":
-        return sum(sums) / sum(counts)
-    if reduction == "token-sum":
-        return sum(sums)
-    if reduction == "seq-mean-token-sum":
-        return sum(s for s, _ in used) / len(used)
-    return sum(s / n for s, n in used) / len(used)
+def outcome(function: Any, fields: Any, options: dict[str, Any], **more: Any) -> list[Tensor]:
+    """Both losses, statistics and the gradients of a sum of all losses, by ppo_loss or its reference."""
+    given = fields.leaves(*LEAVES)
+    more = {"entropy": given["entropy"], **given.options(options), **more}
+    out = function(*given.policy(), *given.critic(), given.mask, **more)
+    total = out.loss + 0.3 * out.policy_loss - 0.2 * out.value_loss
+    used = [given[name] for name in LEAVES if name != "entropy" or options.get("entropy_coef")]
+    return [*out[1:3], *out.policy_stats, *out.value_stats, *torch.autograd.grad(total, used)]
 
 
 @pytest.fixture
-def fields() -> Fields:
-    made = Fields([7, 1, 12, 5])
-    made.mask[1] = False  # a sequence without a token that counts
-    return made
+def plain(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """`ppo_loss` on its torch path."""
+
+    def run(*args: Any, **options: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "uses_triton", lambda *tensors: False)
+            return ppo_loss(*args, **options)
+
+    return run
 
 
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+def test_losses_gradients_and_statistics(options: dict, tokens: Any, plain: Any, no_worse: Any) -> None:
+    fields = tokens(LENGTHS)
+    no_worse(*(outcome(function, fields, options) for function in (ppo_loss, plain, ppo_loss_ref)))
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("layout", ["padded", "packed"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("options", POLICY_OPTIONS.values(), ids=POLICY_OPTIONS.keys())
-def test_policy_loss_is_the_papers(options: dict, reduction: str, fields: Fields) -> None:
-    loss, _ = policy(fields, fields.mask, reduction=reduction, **options)
-    assert float(loss) == pytest.approx(reduced(lambda f: policy_term(f, options), fields, reduction), rel=1e-12)
+@pytest.mark.parametrize("normalizer", [None, 7.0, torch.tensor(9)], ids=str)
+def test_reductions(reduction: str, normalizer: Any, layout: str, tokens: Any, plain: Any, no_worse: Any) -> None:
+    fields, more = tokens(LENGTHS), {"reduction": reduction, "normalizer": normalizer}
+    fields.mask[3] = False
+    if layout == "packed":
+        fields, more = fields.packed(), {**more, "cu_seqlens": fields.bounds}
+    no_worse(*(outcome(function, fields, ALL, **more) for function in (ppo_loss, plain, ppo_loss_ref)))
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("eps", [0.2, None])
-def test_value_loss_is_the_papers(eps: float | None, reduction: str, fields: Fields) -> None:
-    inputs = (fields["values"], fields["old_values"], fields["returns"])
-    loss, _ = value_loss(*inputs, fields.mask, clip_eps=eps, reduction=reduction)
-    assert float(loss) == pytest.approx(reduced(lambda f: value_term(f, eps), fields, reduction), rel=1e-12)
+@pytest.mark.parametrize("masked", [True, False])
+def test_parts_equal_the_whole(masked: bool, tokens: Any) -> None:
+    """policy_loss and value_loss alone give what ppo_loss gives, bit for bit."""
+    fields = tokens(LENGTHS).leaves(*LEAVES)
+    mask, options = fields.mask if masked else None, {k: v for k, v in ALL.items() if "value" not in k}
+    both = ppo_loss(*fields.policy(), *fields.critic(), mask, **fields.options(options))
+    p = policy_loss(*fields.policy(), mask, **fields.options(options))
+    v = value_loss(*fields.critic(), mask)
+    torch.testing.assert_close(both[1:], (p.loss, v.loss, p.stats, v.stats), rtol=0, atol=0)
+    torch.testing.assert_close(both.loss, p.loss + v.loss, rtol=1e-6, atol=0)
+    alone = torch.autograd.grad(p.loss, [fields["logprobs"], fields["entropy"]])
+    alone += torch.autograd.grad(v.loss, [fields["values"]])
+    for a, b in zip(torch.autograd.grad(both.loss, [fields[name] for name in LEAVES]), alone, strict=True):
+        assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("options", POLICY_OPTIONS.values(), ids=POLICY_OPTIONS.keys())
-def test_policy_gradcheck(options: dict, fields: Fields) -> None:
-    def loss(logprobs: Tensor, entropy: Tensor) -> Tensor:
-        return policy({**fields, "logprobs": logprobs, "entropy": entropy}, fields.mask, **options).loss
-
-    torch.autograd.gradcheck(loss, (fields["logprobs"].requires_grad_(), fields["entropy"].requires_grad_()))
-
-
-@pytest.mark.parametrize("eps", [0.2, None])
-def test_value_gradcheck(eps: float | None, fields: Fields) -> None:
-    rest = (fields["old_values"], fields["returns"], fields.mask)
-    torch.autograd.gradcheck(lambda v: value_loss(v, *rest, clip_eps=eps).loss, (fields["values"].requires_grad_(),))
-
-
-def test_gradient_at_ratio_one_is_the_policy_gradient() -> None:
-    """dL/dlogprob = -A / n: clamping at a tie must not halve it."""
-    logprobs = -torch.rand(6, dtype=torch.float64)
-    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0, -3.0, 0.5], dtype=torch.float64)
-    x = logprobs.clone().requires_grad_()
-    loss, stats = policy_loss(x, logprobs, advantages, dual_clip=3.0)
-    loss.backward()
-    torch.testing.assert_close(x.grad, -advantages / 6, rtol=1e-14, atol=0)
-    assert (float(stats.ratio_mean), float(stats.ratio_max), float(stats.approx_kl)) == (1.0, 1.0, 0.0)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_packed_equals_padded(reduction: str, fields: Fields) -> None:
-    flat, mask, bounds = fields.packed()
-    options = {"reduction": reduction, **POLICY_OPTIONS["all"]}
-    padded = policy(fields, fields.mask, **options)
-    packed = policy(flat, mask, cu_seqlens=bounds, **options)
-    torch.testing.assert_close(packed.loss, padded.loss, rtol=1e-13, atol=0)
-    torch.testing.assert_close(packed.stats, padded.stats)
-    names = ("values", "old_values", "returns")
-    a = value_loss(*(fields[n] for n in names), fields.mask, reduction=reduction)
-    b = value_loss(*(flat[n] for n in names), mask, reduction=reduction, cu_seqlens=bounds)
-    torch.testing.assert_close(b.loss, a.loss, rtol=1e-13, atol=0)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-def test_micro_batches_add_up(reduction: str) -> None:
-    fields = Fields([6, 3, 9, 4, 8])
-    whole = policy(fields, fields.mask, reduction=reduction, **POLICY_OPTIONS["all"])
-    normalizer = {"token-mean": fields.mask.sum(), "token-sum": 1.0}.get(reduction, (fields.mask.any(1)).sum())
-    parts = [
-        policy(
-            {name: x[rows] for name, x in fields.items()},
-            fields.mask[rows],
-            reduction=reduction,
-            normalizer=normalizer,
-            **POLICY_OPTIONS["all"],
-        )
-        for rows in (slice(0, 2), slice(2, 3), slice(3, 5))
-    ]
-    torch.testing.assert_close(sum(p.loss for p in parts), whole.loss, rtol=1e-13, atol=0)
-    torch.testing.assert_close(merge_policy_stats([p.stats for p in parts]), whole.stats)
-
-
-def test_value_stats_merge() -> None:
-    fields = Fields([6, 3, 9, 4, 8])
-    inputs = [fields[n] for n in ("values", "old_values", "returns")]
-    whole = value_loss(*inputs, fields.mask)
-    parts = [value_loss(*(x[i : i + 1] for x in inputs), fields.mask[i : i + 1]) for i in range(5)]
-    torch.testing.assert_close(merge_value_stats([p.stats for p in parts]), whole.stats)
-    r, v = fields["returns"][fields.mask], fields["values"][fields.mask]
-    explained = 1 - float((r - v).var() / r.var())
-    assert float(whole.stats.explained_variance) == pytest.approx(explained, rel=1e-5)
+def test_lazy_whitening(tokens: Any, plain: Any, no_worse: Any) -> None:
+    fields, whiten = tokens(LENGTHS), (torch.tensor(0.4), torch.tensor(1.7))
+    no_worse(*(outcome(function, fields, ALL, whiten=whiten) for function in (ppo_loss, plain, ppo_loss_ref)))
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, -torch.inf, 1e30])
-def test_masked_tokens_may_hold_anything(garbage: float, fields: Fields) -> None:
-    dirty = {name: torch.where(fields.mask, x, garbage) for name, x in fields.items()}
-    whiten = (torch.tensor(0.3), torch.tensor(1.7))
-
-    def run(f: dict[str, Tensor]) -> tuple[Any, Any, list[Tensor]]:
-        leaves = [f[n].clone().requires_grad_() for n in ("logprobs", "entropy", "values")]
-        p = policy(
-            {**f, "logprobs": leaves[0], "entropy": leaves[1]}, fields.mask, whiten=whiten, **POLICY_OPTIONS["all"]
-        )
-        v = value_loss(leaves[2], f["old_values"], f["returns"], fields.mask)
-        return p, v, list(torch.autograd.grad(p.loss + v.loss, leaves))
-
-    for a, b in zip(run(fields), run(dirty), strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-    for g in run(dirty)[2]:
+def test_masked_tokens_may_hold_anything(garbage: float, tokens: Any) -> None:
+    fields, whiten = tokens(LENGTHS), (torch.tensor(0.3), torch.tensor(1.7))
+    dirty = fields.but(**{name: torch.where(fields.mask, x, garbage) for name, x in fields.items()})
+    results = [outcome(ppo_loss, f, ALL, whiten=whiten) for f in (fields, dirty)]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    for g in results[1][-3:]:
         assert torch.equal(g[~fields.mask], torch.zeros_like(g[~fields.mask]))
 
 
-def test_nothing_unmasked(fields: Fields) -> None:
-    none = torch.zeros_like(fields.mask)
-    x = fields["logprobs"].requires_grad_()
-    loss, stats = policy({**fields, "logprobs": x}, none, **POLICY_OPTIONS["all"])
-    loss.backward()
-    assert float(loss) == 0.0
-    assert torch.equal(x.grad, torch.zeros_like(x))
-    assert all(float(s) == 0.0 for s in stats)
-    empty = torch.zeros(0)
-    assert float(policy_loss(empty, empty, empty).loss) == 0.0
-    assert float(value_loss(empty, empty, empty).loss) == 0.0
+def test_nothing_unmasked(tokens: Any) -> None:
+    fields = tokens(LENGTHS)
+    fields.mask[:] = False
+    for x in outcome(ppo_loss, fields, ALL):
+        assert torch.equal(x, torch.zeros_like(x))
 
 
-def test_statistics(fields: Fields) -> None:
-    _, stats = policy(fields, fields.mask, dual_clip=1.5, entropy_coef=0.1)
-    log_ratio = (fields["logprobs"] - fields["old_logprobs"])[fields.mask]
-    ratio, a = log_ratio.exp(), fields["advantages"][fields.mask]
-    low, high, dual = (a < 0) & (ratio < 0.8), (a > 0) & (ratio > 1.2), (a < 0) & (ratio > 1.5)
-    expected = {
-        "clipfrac": (low | high), "clipfrac_low": low, "clipfrac_dual": dual, "approx_kl": (ratio - 1) - log_ratio,
-        "ratio_mean": ratio, "entropy": fields["entropy"][fields.mask], "active_fraction": ~(low | high | dual),
-    }  # fmt: skip
-    for name, x in expected.items():
-        assert float(getattr(stats, name)) == pytest.approx(float(x.double().mean()), rel=1e-5), name
-    assert float(stats.ratio_max) == pytest.approx(float(ratio.max()))
-    assert float(stats.count) == int(fields.mask.sum())
-    assert all(s.dtype == torch.float32 and s.dim() == 0 for s in stats)
+@pytest.mark.parametrize("n", [0, 1])
+def test_few_tokens(n: int) -> None:
+    x = torch.full((n,), -0.5, requires_grad=True)
+    loss, stats = policy_loss(x, x.detach(), torch.ones(n))
+    assert (float(loss.detach()), float(stats.count), float(stats.ratio_max)) == (-n, n, n)
+    assert torch.autograd.grad(loss, x)[0].tolist() == [-1.0] * n
+    value, value_stats = value_loss(x, x.detach(), torch.ones(n), coef=1.0)
+    assert (float(value.detach()), float(value_stats.explained_variance)) == (2.25 * n, 0.0)
 
 
-def test_fp32_is_no_worse_than_plain_torch(no_worse: Any) -> None:
-    fields = Fields([40, 25, 31], torch.float32)
-
-    def plain(logprobs: Tensor, values: Tensor) -> Tensor:
-        ratio = torch.exp(logprobs - fields["old_logprobs"])
-        a = fields["advantages"]
-        pg = torch.maximum(-a * ratio, -a * ratio.clamp(0.8, 1.2))
-        moved = fields["old_values"] + (values - fields["old_values"]).clamp(-0.2, 0.2)
-        v = 0.5 * torch.maximum((values - fields["returns"]) ** 2, (moved - fields["returns"]) ** 2)
-        return ((pg + v) * fields.mask).sum() / fields.mask.sum()
-
-    names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns")
-
-    def fused(function: Any) -> Callable[[Tensor, Tensor], Tensor]:
-        def run(logprobs: Tensor, values: Tensor) -> Tensor:
-            f = {**fields, "logprobs": logprobs, "values": values}
-            return function(*(f[n] for n in names), fields.mask).loss
-
-        return run
-
-    results = []
-    for function in (fused(ppo_loss), plain, fused(ppo_loss_ref)):
-        leaves = [fields[n].clone().requires_grad_() for n in ("logprobs", "values")]
-        loss = function(*leaves)
-        results.append([loss, *torch.autograd.grad(loss, leaves)])
-    no_worse(*results)
+def test_gradient_at_the_borders_of_the_ratio() -> None:
+    """At ratio 1 with clip_eps 0 both bounds hold, and dL/dlogprob is still -A / n."""
+    logprobs = -torch.rand(6)
+    advantages = torch.tensor([1.0, -1.0, 0.0, 2.0, -3.0, 0.5])
+    for eps in (0.0, 0.2):
+        x = logprobs.clone().requires_grad_()
+        loss, stats = policy_loss(x, logprobs, advantages, clip_eps=eps, dual_clip=3.0)
+        loss.backward()
+        torch.testing.assert_close(x.grad, -advantages / 6, rtol=1e-6, atol=0)
+        assert [float(s) for s in stats[:6]] == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
-def test_ppo_loss_is_the_sum_of_its_parts(fields: Fields) -> None:
-    names = ("logprobs", "old_logprobs", "advantages", "values", "old_values", "returns")
-    both = ppo_loss(*(fields[n] for n in names), fields.mask, dual_clip=3.0, value_clip_eps=0.1, value_coef=0.7)
-    p = policy(fields, fields.mask, dual_clip=3.0)
-    v = value_loss(fields["values"], fields["old_values"], fields["returns"], fields.mask, clip_eps=0.1, coef=0.7)
-    torch.testing.assert_close(both, (p.loss + v.loss, p.loss, v.loss, p.stats, v.stats), equal_nan=True)
-    torch.testing.assert_close(policy(fields, fields.mask, policy_loss_ref).loss, policy(fields, fields.mask).loss)
-    args = (fields["values"], fields["old_values"], fields["returns"], fields.mask)
-    torch.testing.assert_close(value_loss_ref(*args).loss, value_loss(*args).loss)
+def test_gradient_at_the_borders_and_ties_of_the_value_clip() -> None:
+    """The whole error's gradient up to the border, half of it where the errors beyond are equal."""
+    values = torch.tensor([0.25, -0.25, 0.5, 0.5], requires_grad=True)
+    returns = torch.tensor([1.0, 1.0, 0.375, 1.0])
+    loss, stats = value_loss(values, torch.zeros(4), returns, clip_eps=0.25, coef=1.0, reduction="token-sum")
+    assert torch.autograd.grad(loss, values)[0].tolist() == [-1.5, -2.5, 0.125, 0.0]
+    assert float(stats.clipfrac) == 0.25
 
 
-def test_whitening_is_applied_to_advantages(fields: Fields) -> None:
-    mean, rstd = torch.tensor(0.4, dtype=torch.float64), torch.tensor(2.0, dtype=torch.float64)
-    lazily = policy(fields, fields.mask, whiten=(mean, rstd))
-    before = policy({**fields, "advantages": (fields["advantages"] - mean) * rstd}, fields.mask)
-    torch.testing.assert_close(lazily, before, equal_nan=True)
+def test_rounding_does_not_count_as_clipping() -> None:
+    """V_old + (V - V_old) is not V in floating point: tokens inside the range must not seem clipped."""
+    values, old_values = torch.randn(4000) * 0.05 + 0.01, torch.randn(4000) * 0.05
+    assert float((values - old_values).abs().max()) < 0.5
+    assert float(value_loss(values, old_values, torch.randn(4000), clip_eps=0.5).stats.clipfrac) == 0.0
 
 
-def test_log_ratio_clamp() -> None:
-    logprobs = torch.tensor([0.0, -1.0], requires_grad=True)
-    loss, _ = policy_loss(logprobs, torch.tensor([-300.0, -1.0]), torch.tensor([-1.0, 1.0]), log_ratio_clamp=20.0)
-    loss.backward()
-    assert bool(loss.isfinite())
-    assert logprobs.grad.tolist() == [0.0, -0.5]
+@pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")  # both sides of `where`
+def test_overflowing_ratios_that_are_clipped_take_no_gradient() -> None:
+    """0 * inf must not become NaN; unclipped, loss and gradient are infinite as they should be."""
+    log_ratio = torch.tensor([100.0, 100.0, -200.0, -200.0, torch.inf])
+    advantages = torch.tensor([1.0, 0.0, 1.0, -1.0, 2.0])
+    x = torch.zeros(5, requires_grad=True)
+    loss, stats = policy_loss(x, -log_ratio, advantages, reduction="token-sum")
+    assert float(loss.detach()) == pytest.approx(-1.2 - 0.0 + 0.8 - 2.4)
+    assert torch.autograd.grad(loss, x)[0].tolist() == [0.0] * 5
+    assert float(stats.clipfrac) == pytest.approx(0.6)
+    assert float(stats.ratio_max) == torch.inf
+    unclipped = policy_loss(x, -log_ratio, -advantages, reduction="token-sum").loss
+    assert float(unclipped.detach()) == torch.inf
+    assert torch.autograd.grad(unclipped, x)[0].tolist()[:2] == [torch.inf, 0.0]
+    clamped = policy_loss(x, -log_ratio, -advantages, log_ratio_clamp=20.0).loss
+    assert bool(clamped.isfinite())
+    assert torch.autograd.grad(clamped, x)[0].tolist() == [0.0] * 5
+
+
+@pytest.mark.parametrize("name", ["logprobs", "old_logprobs", "advantages", "ref_logprobs", "entropy", *VALUES])
+def test_nan_in_a_token_that_counts_is_seen(name: str, tokens: Any) -> None:
+    fields = tokens([5]).packed()
+    fields[name][2] = torch.nan
+    out = ppo_loss(*fields.policy(), *fields.critic(), **fields.options(ALL))
+    assert bool(out.loss.isnan())
+    assert bool(out.policy_loss.isnan()) == (name not in VALUES)
+    if name in ("logprobs", "old_logprobs"):
+        assert bool(out.policy_stats.ratio_max.isnan())
+
+
+def test_explained_variance_far_from_zero() -> None:
+    """Sums of squares would lose it: 1e4^2 has an ulp of 8 in fp32."""
+    returns = 1e4 + torch.randn(9000)
+    values = returns + 0.5 * torch.randn(9000)
+    ours, exact = (function(values, values, returns).stats for function in (value_loss, value_loss_ref))
+    torch.testing.assert_close(ours, exact, rtol=1e-4, atol=0)
+    assert 0.7 < float(exact.explained_variance) < 0.8
+
+
+def test_same_bits_twice(tokens: Any) -> None:
+    fields = tokens([700, 900, 800])
+    for a, b in zip(*(outcome(ppo_loss, fields, ALL) for _ in range(2)), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.fixture
+def large_tiles(path: str) -> Iterator[None]:
+    """Tiles of half a million tokens for the interpreter, to which every tile is dear."""
+    if path == "torch" or torch.cuda.is_available():
+        yield
+        return
+    from ppomax.kernels.gpu.launch import overriding
+
+    with overriding("ppo_forward", {"BLOCK_N": 1 << 19}):
+        yield
+
+
+@pytest.mark.usefixtures("large_tiles")
+def test_many_tokens() -> None:
+    """A third of 1.5 million tokens is clipped, and that is what is counted."""
+    n = 1_500_000
+    logprobs = torch.where(torch.arange(n) % 3 == 0, 0.5, 0.0)
+    loss, stats = policy_loss(logprobs, torch.zeros(n), torch.ones(n))
+    assert float(stats.count) == n
+    assert float(stats.clipfrac) == pytest.approx(1 / 3, rel=1e-7)
+    assert float(stats.active_fraction) == pytest.approx(2 / 3, rel=1e-7)
+    assert float(loss) == pytest.approx(-(1.2 + 2.0) / 3, rel=1e-6)
+
+
+def test_sums_of_programs_beyond_the_integers_of_fp32(path: str) -> None:
+    """Programs that counted 2^24 - 1 tokens each, and terms that cancel but for what fp32 cannot add to 2^25."""
+    if path == "torch":
+        pytest.skip("the torch path has no programs")
+    from ppomax.kernels.gpu import ppo_loss as gpu
+    from ppomax.kernels.gpu.launch import configuration, launch
+
+    each = float(2**24 - 1)
+    parts = torch.zeros(gpu.PARTS, 3)
+    parts[16], parts[1] = each, each  # count, clipfrac_low
+    parts[8] = torch.tensor([2.0**25, 3.0, -(2.0**25)])  # terms
+    loss, policy, value, stats = torch.empty(()), torch.empty(()), torch.empty(()), torch.empty(gpu.STATS)
+    launch(
+        gpu.ppo_finish, (1,), configuration("ppo_finish", parts.device), parts_ptr=parts, normalizer_ptr=None,
+        loss_ptr=loss, policy_loss_ptr=policy, value_loss_ptr=value, stats_ptr=stats, normalizer=0.5, programs=3,
+        HAS_POLICY=True, HAS_VALUE=False, HAS_ENTROPY=False, TOKEN_MEAN=False,
+    )  # fmt: skip
+    assert (float(stats[8]), float(stats[1]), float(loss)) == pytest.approx((3 * each, 1.0, 6.0), rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_inputs(dtype: torch.dtype, tokens: Any) -> None:
+    """Arithmetic is in fp32 whatever the inputs: only the gradients are rounded to their dtype."""
+    fields = tokens(LENGTHS)
+    half = fields.but(**{name: x.to(dtype) for name, x in fields.items()})
+    ours, exact = outcome(ppo_loss, half, ALL), outcome(ppo_loss_ref, half, ALL)
+    assert [x.dtype for x in ours[-3:]] == [dtype] * 3
+    torch.testing.assert_close(ours[:-3], [x.float() for x in exact[:-3]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours[-3:], exact[-3:], rtol=2 * torch.finfo(dtype).eps, atol=1e-7)
+
+
+def test_float64_among_the_inputs(tokens: Any) -> None:
+    fields = tokens(LENGTHS)
+    fields["returns"] = fields["returns"].double()
+    out = ppo_loss(*fields.policy(), *fields.critic(), fields.mask)
+    assert (out.policy_loss.dtype, out.value_loss.dtype) == (torch.float32, torch.float64)
+    assert out.value_stats.explained_variance.dtype == torch.float32
+
+
+def test_strided_and_expanded_inputs(tokens: Any) -> None:
+    fields = tokens(LENGTHS)
+    wide = fields.but(**{name: torch.stack([x, -x], -1)[..., 0] for name, x in fields.items()})
+    wide.mask = torch.stack([fields.mask, ~fields.mask], -1)[..., 0]
+    for a, b in zip(outcome(ppo_loss, wide, ALL), outcome(ppo_loss, fields, ALL), strict=True):
+        assert torch.equal(a, b)
+    scores = torch.randn(len(LENGTHS), 1).expand(fields.mask.shape)
+    expanded = policy_loss(*fields.but(advantages=scores).policy(), fields.mask)
+    assert torch.equal(expanded.loss, policy_loss(*fields.but(advantages=scores.clone()).policy(), fields.mask).loss)
+
+
+def test_the_entropy_bonus_has_a_gradient() -> None:
+    """A loss that only reports the bonus trains nothing by it."""
+    entropy = torch.tensor([0.5, 1.5, 2.5], requires_grad=True)
+    x = torch.zeros(3)
+    loss = policy_loss(x, x, x, entropy=entropy, entropy_coef=0.3, entropy_bound=1.5).loss
+    torch.testing.assert_close(torch.autograd.grad(loss, entropy)[0], torch.tensor([-0.1, 0.0, 0.0]))
 
 
 def test_wrong_arguments_raise() -> None:
@@ -319,11 +285,14 @@ def test_wrong_arguments_raise() -> None:
         "mask has shape": lambda: policy_loss(x, x, x, torch.ones(5)),
         "entropy_coef needs": lambda: policy_loss(x, x, x, entropy_coef=0.1),
         "kl_coef needs": lambda: policy_loss(x, x, x, kl_coef=0.1),
-        "unknown KL": lambda: policy_loss(x, x, x, kl_coef=0.1, ref_logprobs=x, kl_kind="k4"),  # type: ignore[arg-type]
+        "unknown KL": lambda: policy_loss(x, x, x, kl_kind="k4"),  # type: ignore[arg-type]
         "dual_clip": lambda: policy_loss(x, x, x, dual_clip=1.1),
-        "negative": lambda: policy_loss(x, x, x, clip_eps=-0.1),
+        "clip_eps_high must not": lambda: policy_loss(x, x, x, clip_eps=-0.1),
+        "log_ratio_clamp": lambda: policy_loss(x, x, x, log_ratio_clamp=0.0),
         "cu_seqlens": lambda: policy_loss(x, x, x, reduction="seq-mean-token-mean"),
         "differ: ": lambda: value_loss(x, x, y),
+        "clip_eps must not": lambda: value_loss(x, x, x, clip_eps=-1.0),
+        "shapes differ: ": lambda: ppo_loss(x, x, x, y, y, y),
     }.items():
         with pytest.raises(ValueError, match=match):
             call()
