@@ -125,9 +125,9 @@ class StageProgress:
             self._print_line(f"{speed}  {shown}", rate)
 
     def note(self, text: str) -> None:
-        """Say how the step that is under way gets on."""
+        """Say how the step that is under way gets on; a plain line is for steps that take long."""
         self.bar.update(self.task, figures=text)
-        if self.plain:
+        if self.plain and time.monotonic() - max(self.last_line, self.started) > self.PLAIN_INTERVAL:
             self._print_line(text, (self.done - self.first) / max(time.monotonic() - self.started, 1e-9))
 
     def _print_line(self, figures: str, rate: float) -> None:

@@ -45,7 +45,7 @@ class RolloutStatistics:
     preemptions: int = 0
 
     def since(self, before: RolloutStatistics) -> RolloutStatistics:
-        return RolloutStatistics(*(now - then for now, then in zip(_values(self), _values(before), strict=True)))
+        return RolloutStatistics(**{name: now - getattr(before, name) for name, now in vars(self).items()})
 
     def metrics(self) -> dict[str, float]:
         """Speed of sampling, share of prompt tokens that were not computed, counts."""
@@ -56,10 +56,6 @@ class RolloutStatistics:
             "rollout/evictions": float(self.evictions),
             "rollout/preemptions": float(self.preemptions),
         }
-
-
-def _values(statistics: RolloutStatistics) -> list[float]:
-    return list(vars(statistics).values())
 
 
 class _Drawn:
