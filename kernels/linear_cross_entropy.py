@@ -7,15 +7,18 @@ with logprob_i as in `linear_logprobs.py`, passes and memory as in `lm_head.py`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .head_gradient import attach, make_grads, sweep
+from .dispatch import uses_triton
+from .head_gradient import HeadLoss, attach, fake_loss, sweep, wanted_gradients
+from .head_pass import HeadGrads, RowGradients
 from .linear_logprobs import linear_logprobs_ref
-from .lm_head import RowGradients, kept_rows, make_head
-from .reductions import keep
+from .lm_head import check_head, make_head, row_mask, seen_rows
+from .reductions import keep, loss_dtype
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -60,6 +63,38 @@ def _weights(
     return weights / total, mask
 
 
+@torch.library.custom_op("ppomax::linear_cross_entropy", mutates_args=("weight_grad",))
+def _linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    kept: Tensor,
+    softcap: float | None,
+    c: Tensor,
+    weight_grad: Tensor | None,
+    wants: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`HeadLoss` of sum_i c_i logprob_i; adds dW to `weight_grad`."""
+    head = make_head(hidden, weight, bias, 1.0, None, softcap)
+    if uses_triton(hidden, weight, bias):
+        from .gpu import linear
+
+        return linear.given(hidden, labels, kept, head, c, wants, weight_grad)
+
+    def gradient(rows: slice | Tensor, logprobs: Tensor, entropy: Tensor) -> RowGradients:
+        return RowGradients(c[rows], None)
+
+    grads = HeadGrads(head, wants, weight_grad)
+    seen = seen_rows(kept, labels, weight.shape[0])
+    return (*sweep(hidden, labels, head, seen, gradient, grads, uses_entropy=False),)
+
+
+@_linear_cross_entropy.register_fake
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *others: Any) -> tuple[Tensor, ...]:
+    return fake_loss(hidden, weight, bias, loss_dtype(hidden, weight), others[-1])
+
+
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
@@ -87,18 +122,16 @@ def linear_cross_entropy(
         LinearCrossEntropy(loss, logprobs [N], entropy [N]), fp32 (fp64 where an input is).
 
     Raises:
-        ValueError: shapes that do not fit; on a CPU a label outside [0, V) other than -100.
+        ValueError: shapes that do not fit; on a CPU a label outside [0, V) other than -100 (elsewhere its row
+            is NaN).
     """
-    head = make_head(hidden, weight, bias, 1.0, softcap)
-    weights, mask = _weights(labels, row_weights, normalizer, head.dtype)
-    kept = kept_rows(labels, mask, hidden.shape[0], weight.shape[0])
-    grads = make_grads(hidden, head, weight_grad)
-
-    def gradient(rows: slice | Tensor, logprobs: Tensor, entropy: Tensor) -> RowGradients:
-        return RowGradients(-weights[rows], None)
-
+    check_head(hidden, weight, bias)
+    wants, buffer = wanted_gradients(hidden, weight, bias, weight_grad)
     with torch.no_grad():
-        result = sweep(hidden, labels, head, kept, gradient, grads, uses_entropy=False)
+        weights, mask = _weights(labels, row_weights, normalizer, loss_dtype(hidden, weight))
+        kept = row_mask(labels, mask, hidden.shape[0])
+        head = (hidden, weight, bias, labels.contiguous(), kept, softcap)
+        result = HeadLoss(*_linear_cross_entropy(*head, -weights, buffer, wants))
         loss = -(result.logprobs * weights).sum()
-    loss = attach(hidden, head, loss, result, grads.wanted and weight_grad is not None)
+    loss = attach(hidden, weight, bias, loss, result, wants, buffer is not None)
     return LinearCrossEntropy(loss, result.logprobs, result.entropy)

@@ -50,9 +50,10 @@ def full_precision(
 
     @wraps(function)
     def run(x: Tensor, *args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        if not torch.is_autocast_enabled(x.device.type):
+        device = x.device.type
+        if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
             return function(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(device, enabled=False):
             return function(x, *args, **kwargs)
 
     return run

@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .. import dispatch
+
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # of the chips that launches are recorded for
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
 class Launch(NamedTuple):
@@ -27,54 +29,91 @@ class Launch(NamedTuple):
     kernel: Any
     grid: tuple[int, ...]
     arguments: dict[str, Any]  # by name, constexprs included
-    options: dict[str, int]  # num_warps, num_stages
+    options: dict[str, int]  # of _OPTIONS
 
 
-class Recording(NamedTuple):
-    chip: str
-    launches: list[Launch]
+class Recording(list[Launch]):
+    """Launches in order, and what `configuration` was asked for: (kernel, its result)."""
+
+    def __init__(self, chip: str) -> None:
+        super().__init__()
+        self.chip = chip
+        self.configurations: list[tuple[str, dict[str, int]]] = []
 
 
 _recording: Recording | None = None
+_overriding: dict[str, Mapping[str, int]] = {}
 
 
 @contextmanager
-def recording(chip: str) -> Iterator[list[Launch]]:
-    """Inside, `launch` notes what it would launch on `chip` and launches nothing; tensors may be on "meta"."""
+def recording(chip: str) -> Iterator[Recording]:
+    """Inside, `launch` notes what it would launch on `chip` and launches nothing; tensors are on "meta"."""
     global _recording
-    outer, _recording = _recording, Recording(chip, [])
+    if chip not in MULTIPROCESSORS:
+        raise ValueError(f"launches are recorded for {', '.join(MULTIPROCESSORS)}, not for {chip}")
+    outer, _recording, dispatch.recording = _recording, Recording(chip), True
     try:
-        yield _recording.launches
+        yield _recording
     finally:
-        _recording = outer
+        _recording, dispatch.recording = outer, outer is not None
+
+
+@contextmanager
+def overriding(name: str, config: Mapping[str, int]) -> Iterator[None]:
+    """Inside, `configuration` of the kernel is `config` whatever the shape."""
+    outer = dict(_overriding)
+    _overriding[name] = config
+    try:
+        yield
+    finally:
+        _overriding.clear()
+        _overriding.update(outer)
 
 
 def launch(kernel: Any, grid: Sequence[int], config: Mapping[str, int], **arguments: Any) -> None:
-    """kernel[grid](**arguments, **config); an empty grid launches nothing."""
+    """kernel[grid](**arguments, **config); an empty grid launches nothing.
+
+    Raises:
+        RuntimeError: the kernel cannot be compiled or launched; names it, its configuration and its tensors.
+    """
     if min(grid) == 0:
         return
     options = {name: config[name] for name in _OPTIONS if name in config}
     arguments.update({name: value for name, value in config.items() if name not in _OPTIONS})
     if _recording is not None:
-        _recording.launches.append(Launch(kernel, tuple(grid), arguments, options))
+        _recording.append(Launch(kernel, tuple(grid), arguments, options))
         return
-    kernel[tuple(grid)](**arguments, **options, enable_fp_fusion=True)
+    try:
+        kernel[tuple(grid)](**arguments, **options, enable_fp_fusion=True)
+    except Exception as error:
+        shapes = {name: tuple(x.shape) for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        raise RuntimeError(f"{kernel.__name__}: grid {tuple(grid)}, {dict(config)}, {shapes}: {error}") from error
 
 
 def configuration(name: str, device: torch.device, **shape: int) -> dict[str, int]:
-    """The launch configuration of a kernel for a shape: its block sizes, num_warps and num_stages."""
-    return _configuration(name, chip_of(device), tuple(sorted(shape.items())))
+    """The launch configuration of a kernel for a shape: its block sizes, num_warps and num_stages.
+
+    Raises:
+        LookupError: configs.json has none for this kernel and shape.
+    """
+    if name in _overriding:
+        return dict(_overriding[name])
+    config = dict(_configuration(name, chip_of(device), tuple(sorted(shape.items()))))
+    if _recording is not None:
+        _recording.configurations.append((name, dict(config)))
+    return config
 
 
 @cache
 def _configuration(name: str, chip: str, shape: tuple[tuple[str, int], ...]) -> dict[str, int]:
-    tables = table()
-    entries = tables.get(chip, {}).get(name) or tables["default"][name]
-    sizes = dict(shape)
-    for entry in entries:
-        if all(sizes[key] <= most for key, most in entry.get("up_to", {}).items()):
+    tables, sizes = table(), dict(shape)
+    for entry in tables.get(chip, {}).get(name) or tables["default"].get(name, []):
+        limits = entry.get("up_to", {})
+        if not limits.keys() <= sizes.keys():
+            raise LookupError(f"configurations of {name} go by {', '.join(limits)}; asked for {sizes}")
+        if all(sizes[key] <= most for key, most in limits.items()):
             return {key: value for key, value in entry.items() if key != "up_to"}
-    raise LookupError(f"configs.json has no configuration of {name} for {chip} at {sizes}")
+    raise LookupError(f"configs.json has no configuration of {name} on {chip} at {sizes}")
 
 
 @cache
