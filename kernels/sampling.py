@@ -4,34 +4,28 @@
     p = softmax(z' / temperature) cut to the top k, renormalised, cut to the top p, renormalised
     token = the first whose cumulative p, in order of token ids, exceeds u
 
-The penalty is that of CTRL (arXiv 1909.05858, section 4.1), each distinct token taking it once.
-Top-k keeps the k most probable tokens; top-p the smallest set in descending probability whose mass reaches p
-(arXiv 1904.09751); ties at either border go to the lower id; at least one token is kept.
-`u` is a function of the row's (seed, position) alone: the first word of Philox4x32-10 (Salmon et al., SC
-2011) with the seed as key and the position as counter, turned into a float in [0, 1) as `tl.rand(seed,
-position)` does.
+The penalty is that of CTRL (arXiv 1909.05858, section 4.1), each distinct token taking it once; top-k and top-p
+are those of `truncation.py`. `u` is the random number of the row's (seed, position), `philox.uniform`.
+
+In Triton the logits are read once, and again only what top-k and top-p might keep (`gpu/sampling.py`).
 """
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import uses_triton
+from .philox import uniform
 from .reductions import host_sees
+from .truncation import cut_top_k, cut_top_p
 
 Option = float | int | Tensor
+Number = TypeVar("Number", int, float)
 
-_LOW_WORD = 0xFFFFFFFF
-_PHILOX_ROUNDS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_KEYS = (0x9E3779B9, 0xBB67AE85)
-_CANDIDATES = (64, 1024)  # how many of the largest are looked at for the border of top-p, on a CPU
 _ELEMENTS_AT_ONCE = 1 << 18  # of the logits, on a CPU: what stays in cache
-_UNIFORM_SCALE = 4.6566127342e-10  # (2^23 - 1) / 2^23 / 2^31, so that the largest word stays below 1 in fp32
 
 
 class Sample(NamedTuple):
@@ -41,31 +35,6 @@ class Sample(NamedTuple):
     tokens: Tensor
     logprobs: Tensor
     behavior_logprobs: Tensor
-
-
-def philox(seeds: Tensor, positions: Tensor) -> Tensor:
-    """[4, R] int64: the words of Philox4x32-10 with key `seeds` and counter `positions`, both int64 of 64 bits."""
-    counter = torch.stack([positions, positions >> 32]) & _LOW_WORD
-    return philox_words(torch.cat([counter, torch.zeros_like(counter)]), torch.stack([seeds, seeds >> 32]) & _LOW_WORD)
-
-
-def philox_words(counter: Tensor, key: Tensor) -> Tensor:
-    """Ten rounds over counter words [4, R] and key words [2, R], 32-bit words held in int64."""
-    steps = torch.arange(10, device=key.device)[:, None, None]
-    keys = (key + steps * torch.tensor(_PHILOX_KEYS, device=key.device)[:, None]) & _LOW_WORD
-    multipliers = torch.tensor(_PHILOX_ROUNDS, device=key.device)[:, None]
-    even, odd = counter[0::2], counter[1::2]
-    for round_key in keys:
-        product = (even * multipliers).flip(0)  # wraps in int64: the words are those of the unsigned product
-        even, odd = ((product >> 32) & _LOW_WORD) ^ odd ^ round_key, product & _LOW_WORD
-    return torch.stack([even[0], odd[0], even[1], odd[1]])
-
-
-def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
-    """fp32 in [0, 1), equal to `tl.rand(seed, position)` with a 64-bit position."""
-    word = philox(seeds, positions)[0]
-    signed = torch.where(word >= 1 << 31, word - (1 << 32), word)
-    return torch.where(signed < 0, -signed - 1, signed).to(torch.float32) * _UNIFORM_SCALE
 
 
 def sample_ref(
@@ -152,36 +121,6 @@ class _Options(NamedTuple):
         return all(o is None for o in self[:4])
 
 
-def _column(value: Option, n_rows: int, logits: Tensor, name: str) -> Tensor | float:
-    """A scalar as it is, a tensor as a column [R, 1]."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    if value.dim() and value.shape != (n_rows,):
-        raise ValueError(f"{name} has shape {tuple(value.shape)}, expected a scalar or ({n_rows},)")
-    return value.to(logits.device).expand(n_rows)[:, None]
-
-
-def _options(
-    logits: Tensor, temperature: Option, top_k: Option, top_p: Option, penalty: Option, seen: Tensor | None
-) -> _Options:
-    n_rows, vocab = logits.shape
-    if seen is not None and seen.shape[0] != n_rows:
-        raise ValueError(f"seen has {seen.shape[0]} rows, logits {n_rows}")
-    k = _column(top_k, n_rows, logits, "top_k")
-    k = k if isinstance(k, Tensor) else int(k)
-    p = _column(top_p, n_rows, logits, "top_p")
-    t = _column(temperature, n_rows, logits, "temperature")
-    c = _column(penalty, n_rows, logits, "repetition_penalty")
-    unpenalised = seen is None or seen.numel() == 0 or (isinstance(c, float) and c == 1.0)
-    return _Options(
-        temperature=None if isinstance(t, float) and t == 1.0 else t,
-        top_k=None if isinstance(k, int) and not 0 < k < vocab else k,
-        top_p=None if isinstance(p, float) and p >= 1.0 else p,
-        penalty=None if unpenalised else c,
-        seen=None if unpenalised else seen,
-    )
-
-
 def penalise(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     """A copy of the logits with the CTRL rule applied once to each distinct token of `seen` [R, L], -1 is padding."""
     some = seen.amax(1, keepdim=True)  # padding repeats this token, in rows of nothing but padding it is -1
@@ -189,80 +128,6 @@ def penalise(logits: Tensor, seen: Tensor, penalty: Tensor | float) -> Tensor:
     z = logits.gather(1, index)
     z = torch.where(some < 0, z, torch.where(z >= 0, z / penalty, z * penalty))
     return logits.scatter(1, index, z)
-
-
-def cut_top_k(p: Tensor, k: Tensor | int) -> Tensor:
-    """Zeroes all but the k largest of each row (ties by lower index); a k outside 1 .. V-1 keeps all."""
-    n_rows, vocab = p.shape
-    k = k if isinstance(k, Tensor) else torch.full((n_rows, 1), k, device=p.device)
-    on = (k > 0) & (k < vocab)
-    k = torch.where(on, k, 1).long()
-    if host_sees(p):
-        threshold = p.topk(int(k.max()), dim=1).values.gather(1, k - 1)
-    else:
-        threshold = _largest_threshold(p, k, lambda p, t: (p >= t).sum(1, keepdim=True))
-    threshold = torch.where(on, threshold, -1.0)
-    return _keep(p, threshold, k - (p > threshold).sum(1, keepdim=True))
-
-
-def cut_top_p(p: Tensor, top_p: Tensor | float) -> Tensor:
-    """Zeroes all but the smallest set of each row, largest first (ties by lower index), with `top_p` of its mass."""
-    total = _row_sums(p)
-    target = (total * top_p).clamp(min=torch.finfo(torch.float32).tiny).minimum(total)
-    if host_sees(p):
-        threshold = _threshold_of_mass(p, target, _CANDIDATES)
-    else:
-        threshold = _largest_threshold(p, target, lambda p, t: _row_sums(torch.where(p >= t, p, 0.0)))
-    above = _row_sums(torch.where(p > threshold, p, 0.0))
-    return _keep(p, threshold, torch.ceil((target - above) / threshold).clamp(min=1))
-
-
-def _keep(p: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
-    """Keeps what is above the threshold, and the first `ties` elements at it."""
-    tied = p == threshold
-    if host_sees(p) and not bool((tied.sum(1, keepdim=True) > ties).any()):
-        return torch.where(p >= threshold, p, 0.0)
-    return torch.where((p > threshold) | (tied & (tied.cumsum(1) <= ties)), p, 0.0)
-
-
-def _threshold_of_mass(p: Tensor, target: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The largest t with sum of {p >= t} >= target, [R, 1], on a CPU: looked for among the largest elements of each
-    row, in rows where these do not reach it among more of them, and at last by bisection."""
-    if not sizes:
-        return torch.tensor([[_bisect_mass(row, float(t))] for row, t in zip(p, target, strict=True)])
-    values = p.topk(min(sizes[0], p.shape[1]), dim=1).values
-    mass = values.cumsum(1, dtype=torch.float64)
-    threshold = values.gather(1, (mass < target).sum(1, keepdim=True).clamp(max=values.shape[1] - 1))
-    short = (mass[:, -1:] < target).squeeze(1).nonzero().squeeze(1)
-    if short.numel() and values.shape[1] < p.shape[1]:
-        threshold[short] = _threshold_of_mass(p[short], target[short], sizes[1:])
-    return threshold
-
-
-def _bisect_mass(row: Tensor, target: float) -> float:
-    """`_threshold_of_mass` of one row [V], by bisection on the bits of t: fp32 >= 0 orders as its bits do."""
-    low, high = 0, 0x3F800001  # the bits of 0 and of what follows 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        below = struct.unpack("f", struct.pack("I", middle - 1))[0]
-        mass = F.threshold(row, below, 0.0).sum(dtype=torch.float64)  # keeps what is above `below`
-        low, high = (middle, high) if float(mass) >= target else (low, middle)
-    return struct.unpack("f", struct.pack("I", low))[0]
-
-
-def _largest_threshold(p: Tensor, target: Tensor, measure: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """The largest t >= 0 with measure(p, t) >= target, [R, 1], by bisection without looking at the numbers."""
-    low = torch.zeros(p.shape[0], 1, dtype=torch.int32, device=p.device)
-    high = torch.full_like(low, 0x3F800001)
-    for _ in range(30):
-        middle = low + (high - low) // 2
-        enough = measure(p, middle.view(torch.float32)) >= target
-        low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
-    return low.view(torch.float32)
-
-
-def _row_sums(p: Tensor) -> Tensor:
-    return p.sum(1, keepdim=True, dtype=torch.float64)
 
 
 def _draw(p: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -310,6 +175,76 @@ def _sample_processed(z: Tensor, options: _Options, u: Tensor) -> tuple[Tensor, 
     return torch.where(greedy, z.argmax(1), tokens), torch.where(greedy, 0.0, logprobs)
 
 
+def _sample_torch(logits: Tensor, options: _Options, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    n_rows, vocab = logits.shape
+    step = max(1, _ELEMENTS_AT_ONCE // vocab) if host_sees(logits) else max(1, n_rows)
+    chunks = [slice(start, start + step) for start in range(0, n_rows, step)]
+    parts = [_sample_rows(logits[rows], options.rows(rows), u[rows]) for rows in chunks]
+    if not parts:
+        empty = logits.new_empty(0, dtype=torch.float32)
+        return empty.long(), empty, empty.clone()
+    tokens, logprobs, behavior = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return tokens, logprobs.float(), behavior.float()
+
+
+@torch.library.custom_op("ppomax::sample", mutates_args=())
+def _sample(
+    logits: Tensor,
+    temperature: float,
+    temperatures: Tensor | None,
+    top_k: int,
+    top_ks: Tensor | None,
+    top_p: float,
+    top_ps: Tensor | None,
+    penalty: float,
+    penalties: Tensor | None,
+    seen: Tensor | None,
+    seeds: Tensor,
+    positions: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, logprobs, behavior log-probs), each [R]; of each option a number or, where given, a tensor [R].
+
+    A number that leaves its option off is the default of `sample`; `seen` is None where no penalty applies.
+    """
+    if uses_triton(logits):
+        from .gpu import sampling as triton_path
+
+        return triton_path.sample(
+            logits, temperature, temperatures, top_k, top_ks, top_p, top_ps, penalty, penalties, seen, seeds, positions
+        )
+    options = _Options(
+        temperature=_column(temperature, temperatures, 1.0),
+        top_k=_column(top_k, top_ks, 0),
+        top_p=_column(top_p, top_ps, 1.0),
+        penalty=None if seen is None else _column(penalty, penalties, 1.0),
+        seen=seen,
+    )
+    return _sample_torch(logits, options, uniform(seeds, positions).double())
+
+
+@_sample.register_fake
+def _(logits: Tensor, *options: Tensor | float | None) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = logits.new_empty(logits.shape[0], dtype=torch.int64)
+    return tokens, torch.empty_like(tokens, dtype=torch.float32), torch.empty_like(tokens, dtype=torch.float32)
+
+
+def _column(value: Number, values: Tensor | None, off: Number) -> Tensor | Number | None:
+    """An option of `_Options`."""
+    if values is not None:
+        return values[:, None]
+    return None if value == off else value
+
+
+def _pair(option: Option, off: float, logits: Tensor, name: str) -> tuple[float, Tensor | None]:
+    """(number, None) or (`off`, tensor [R] on the logits' device): custom ops take no unions."""
+    if not isinstance(option, Tensor):
+        return option, None
+    n_rows = logits.shape[0]
+    if option.dim() and option.shape != (n_rows,):
+        raise ValueError(f"{name} has shape {tuple(option.shape)}, expected a scalar or ({n_rows},)")
+    return off, option.to(logits.device).expand(n_rows).contiguous()
+
+
 @torch.no_grad()
 def sample(
     logits: Tensor,
@@ -340,13 +275,32 @@ def sample(
     n_rows, vocab = logits.shape
     if seeds.shape != (n_rows,) or positions.shape != (n_rows,):
         raise ValueError(f"seeds {tuple(seeds.shape)} and positions {tuple(positions.shape)} must be ({n_rows},)")
-    options = _options(logits, temperature, top_k, top_p, repetition_penalty, seen)
-    u = uniform(seeds.to(logits.device).long(), positions.to(logits.device).long()).double()
-    step = max(1, _ELEMENTS_AT_ONCE // vocab) if host_sees(logits) else max(1, n_rows)
-    chunks = [slice(start, start + step) for start in range(0, n_rows, step)]
-    parts = [_sample_rows(logits[rows], options.rows(rows), u[rows]) for rows in chunks]
-    if not parts:
-        empty = logits.new_empty(0, dtype=torch.float32)
-        return Sample(empty.long(), empty, empty.clone())
-    tokens, logprobs, behavior = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return Sample(tokens, logprobs.float(), behavior.float())
+    if seen is not None and seen.shape[0] != n_rows:
+        raise ValueError(f"seen has {seen.shape[0]} rows, logits {n_rows}")
+    t, temperatures = _pair(temperature, 1.0, logits, "temperature")
+    k, top_ks = _pair(top_k, 0, logits, "top_k")
+    p, top_ps = _pair(top_p, 1.0, logits, "top_p")
+    penalty, penalties = _pair(repetition_penalty, 1.0, logits, "repetition_penalty")
+    if seen is not None:
+        penalised = seen.numel() > 0 and (penalties is not None or penalty != 1.0)
+        seen = _unit_stride(seen) if penalised else None
+    return Sample(
+        *_sample(
+            _unit_stride(logits),
+            float(t),
+            temperatures,
+            int(k) if 0 < k < vocab else 0,
+            top_ks,
+            min(float(p), 1.0),
+            top_ps,
+            float(penalty),
+            penalties,
+            seen,
+            seeds.to(logits.device).long(),
+            positions.to(logits.device).long(),
+        )
+    )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()

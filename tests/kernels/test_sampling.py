@@ -175,10 +175,12 @@ def test_paths_draw_the_same_but_at_borders(dtype: torch.dtype, path: str) -> No
 
 @both_paths
 def test_equal_logits_share_the_unit_interval() -> None:
-    """With V = 2^14 equal logits all sums are exact: the token is floor(V u)."""
-    vocab, stream = 1 << 14, spread_streams(5)
-    out = sample(torch.zeros(1, vocab).expand(5, -1), **stream)
-    assert torch.equal(out.tokens, (uniform(**stream).double() * vocab).long())
+    """With V = 2^14 equal logits all sums are exact: the token is floor(V u), also where V u is a whole number."""
+    vocab, seeds = 1 << 14, torch.arange(100_000)
+    place = uniform(seeds, torch.zeros_like(seeds)).double() * vocab
+    seeds = torch.cat([spread_streams(4)["seeds"], (place == place.floor()).nonzero().flatten()[:4]])
+    out = sample(torch.zeros(1, vocab).expand(8, -1), seeds=seeds, positions=torch.zeros_like(seeds))
+    assert torch.equal(out.tokens, place[seeds].long())
 
 
 @both_paths
@@ -195,6 +197,9 @@ def test_borders_of_top_p_and_top_k() -> None:
     assert kept_tokens(logits, top_k=4, top_p=0.9) == [0, 1, 2, 3]
     for top_p, kept in {0.25: [0, 1], 0.5: [0, 1, 2, 3]}.items():  # reached exactly
         assert kept_tokens(torch.zeros(8), top_p=top_p) == kept
+    for tied in (-0.7, -0.9, -1.5):  # all of what top-k keeps, whatever its mass is rounded to
+        logits = torch.tensor([tied, 0.0, tied, tied, tied])
+        assert kept_tokens(logits, top_k=3, top_p=1 - 1e-12) == [0, 1, 2]
 
 
 @both_paths
