@@ -45,7 +45,7 @@ CacheManager::CacheManager(const Sizes& sizes, std::vector<Token> stop_tokens)
     preempted_.reserve(rows);
     chunks_.reserve(rows);
     replacements_.reserve(2 * rows + static_cast<std::size_t>(sizes.max_prefill_tokens / sizes.block_size));
-    scratch_blocks_.reserve(static_cast<std::size_t>(sizes.max_blocks_per_sequence));
+    prompt_blocks_.reserve(static_cast<std::size_t>(sizes.max_blocks_per_sequence));
 }
 
 SequenceId CacheManager::submit(std::span<const std::int64_t> prompt, std::span<const std::int64_t> max_new_tokens,
@@ -89,9 +89,7 @@ SequenceId CacheManager::fork(SequenceId parent, std::int64_t num_tokens) {
         return child.id;
     }
     const auto written = std::min(s.written, child.length());
-    child.row = table_.take_row();
-    child.epoch = s.epoch;
-    child.version = s.version;
+    take_row(child, s.epoch, s.version);
     share(child, table_.row(s.row, blocks_for(written)), written);
     s.owns_tail = false;
     child.prefilling = child.length() - written != 1;
@@ -172,8 +170,8 @@ void CacheManager::give_blocks_back(Sequence& s) {
 
 GroupIndex CacheManager::new_group() {
     if (unused_groups_.empty()) {
-        holding_.reserve(groups_.size() + 1);
         groups_.emplace_back();
+        for (auto* list : {&holding_, &unused_groups_}) list->reserve(groups_.capacity());
         return static_cast<GroupIndex>(groups_.size() - 1);
     }
     const GroupIndex group = unused_groups_.back();
@@ -249,7 +247,8 @@ Space CacheManager::checked(Space space) const {
 void CacheManager::check_tokens(std::span<const std::int64_t> tokens, const char* what) const {
     const auto wrong = std::ranges::find_if(tokens, [](std::int64_t token) { return token < 0 || token > kMaxInt32; });
     if (wrong == tokens.end()) return;
-    fail<std::invalid_argument>(what, "[", wrong - tokens.begin(), "] is ", *wrong, ", tokens go from 0 to ", kMaxInt32);
+    fail<std::invalid_argument>(what, "[", wrong - tokens.begin(), "] is ", *wrong, ", tokens go from 0 to ",
+                                kMaxInt32);
 }
 
 void CacheManager::check_fits(std::int64_t prompt_tokens, std::int64_t max_new_tokens) const {

@@ -25,7 +25,8 @@
 //
 // Ownership: the manager owns the pool, the table, the sequences and the batch. References to blocks are
 // held by the first num_blocks entries of each running sequence's row, by the groups' held_blocks, and by
-// replacements_. K and V are the caller's; the manager never sees them. The exported arrays keep their addresses for the manager's life.
+// replacements_. K and V are the caller's; the manager never sees them. The exported arrays keep their
+// addresses for the manager's life.
 // One owner thread: no call may overlap another.
 //
 // A call that throws std::invalid_argument has changed nothing: everything is checked first, and what then
@@ -167,15 +168,18 @@ private:
     void check_no_step(const char* call) const;
     std::vector<SequenceIndex> find_all(std::span<const SequenceId> ids) const;
 
-    // Life of a sequence (cache_manager.cpp)
+    // Commit (commit.cpp)
     bool is_stop(Token token) const;
     void replace_duplicates();
+
+    // Life of a sequence (cache_manager.cpp)
     void give_blocks_back(Sequence& s);
     void end(SequenceIndex index);
     void leave_group(SequenceIndex index);
     void appoint_leader(GroupIndex group);
     GroupIndex new_group();
     void drop_held(Group& group);
+    bool drop_youngest_held();
 
     // Planning (planning.cpp)
     void plan_running();
@@ -185,17 +189,22 @@ private:
     bool fits_now(const Sequence& s) const;
     void admit(SequenceIndex index);
     void insert_running(SequenceIndex index);
-    void take_cached(Sequence& s);
-    void share(Sequence& to, std::span<const BlockId> blocks, std::int32_t written);
     void join_leader(Chunk& chunk);
+    void list_prompt_blocks(SequenceIndex index);
+    void join(SequenceIndex index, const Sequence& leader);
+    void hold_blocks(GroupIndex group, std::int64_t epoch);
+    bool reclaim(const Sequence& s);
+    void add_chunks();
+
+    // Blocks of a row (row_blocks.cpp)
+    void take_row(Sequence& s, std::int64_t epoch, std::int64_t version);
+    void share(Sequence& to, std::span<const BlockId> blocks, std::int32_t written);
+    void take_cached(Sequence& s);
     bool make_writable(Sequence& s, std::int32_t end);
     bool own_tail(Sequence& s);
     void enter_block(Sequence& s);
     void write_until(SequenceIndex index, std::int32_t end);
     void complete_block(SequenceIndex index);
-    bool reclaim(const Sequence& s);
-    bool drop_youngest_held();
-    void add_chunks();
 
     // Integrity (integrity.cpp)
     void check_rows() const;
@@ -236,7 +245,7 @@ private:
     std::vector<SequenceIndex> sampled_;     // whom each sample is for
     std::vector<Replacement> replacements_;  // each holds a reference to its block
     std::vector<SequenceId> preempted_;
-    std::vector<BlockId> scratch_blocks_;
+    std::vector<BlockId> prompt_blocks_;     // of the leader whose group joins it
 };
 
 }  // namespace ppomax

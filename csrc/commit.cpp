@@ -1,5 +1,6 @@
 // What a forward pass leaves: sampled tokens, sequences that end with them, blocks that turned out to be double.
 #include <algorithm>
+#include <utility>
 
 #include "cache_manager.h"
 #include "check.h"
@@ -67,8 +68,8 @@ void CacheManager::check_sampled(std::span<const std::int64_t> tokens, std::span
 }
 
 void CacheManager::check_budget(std::int64_t prefill_tokens) const {
-    check_argument(prefill_tokens >= 0 && prefill_tokens <= sizes_.max_prefill_tokens, "prefill_tokens must be from 0 to ",
-                   sizes_.max_prefill_tokens, ", got ", prefill_tokens);
+    check_argument(prefill_tokens >= 0 && prefill_tokens <= sizes_.max_prefill_tokens,
+                   "prefill_tokens must be from 0 to ", sizes_.max_prefill_tokens, ", got ", prefill_tokens);
 }
 
 }  // namespace ppomax

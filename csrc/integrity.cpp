@@ -100,7 +100,8 @@ void CacheManager::check_queue() const {
     SequenceIndex previous = kNoSequence;
     for (SequenceIndex i = sequences_.first_waiting(); i != kNoSequence; previous = i, i = sequences_[i].next) {
         const Sequence& s = sequences_[i];
-        check_invariant(++queued <= sequences_.size() && s.previous == previous, "the queue is linked wrongly at ", s.id);
+        check_invariant(++queued <= sequences_.size() && s.previous == previous, "the queue is linked wrongly at ",
+                        s.id);
         check_invariant(!s.running(), "sequence ", s.id, " waits and runs");
         check_invariant(previous == kNoSequence || sequences_[previous].id < s.id, "sequence ", s.id,
                         " waits out of order");
@@ -126,7 +127,8 @@ void CacheManager::check_groups() const {
         SequenceId youngest = sequences_[group.leader].id;
         for (auto other = group.others.rbegin(); other != group.others.rend(); ++other) {
             const Sequence& s = sequences_[*other];
-            check_invariant(s.group == i && !s.running() && s.id > youngest, "sequence ", s.id, " is wrong in group ", i);
+            check_invariant(s.group == i && !s.running() && s.id > youngest, "sequence ", s.id,
+                            " is wrong in group ", i);
             youngest = s.id;
         }
     }

@@ -37,19 +37,8 @@ Step CacheManager::plan(std::int64_t prefill_tokens) {
     };
 }
 
-void CacheManager::plan_running() {
-    // Both may end the list before its present end, and plan_chunk() may add to it after the present one.
-    for (std::size_t i = 0; i < running_.size(); ++i) {
-        const Sequence& s = sequences_[running_[i]];
-        if (s.prefilling) {
-            plan_chunk(running_[i]);
-        } else if (s.written < s.length()) {
-            plan_decode(running_[i]);
-        }
-    }
-}
-
-void CacheManager::plan_decode(SequenceIndex index) {
+// For most sequences of most steps this is all that there is to do.
+inline void CacheManager::plan_decode(SequenceIndex index) {
     Sequence& s = sequences_[index];
     if (s.room == 0 || !s.owns_tail) {
         if (!make_writable(s, s.written + 1)) return;
@@ -60,6 +49,18 @@ void CacheManager::plan_decode(SequenceIndex index) {
     ++s.written;
     ++s.next_slot;
     if (--s.room == 0) complete_block(index);
+}
+
+void CacheManager::plan_running() {
+    // Both may end the list before its present end, and plan_chunk() may add to it after the present one.
+    for (std::size_t i = 0; i < running_.size(); ++i) {
+        const Sequence& s = sequences_[running_[i]];
+        if (s.prefilling) {
+            plan_chunk(running_[i]);
+        } else if (s.written < s.length()) {
+            plan_decode(running_[i]);
+        }
+    }
 }
 
 void CacheManager::plan_chunk(SequenceIndex index) {
@@ -112,9 +113,7 @@ void CacheManager::admit(SequenceIndex index) {
     Sequence& s = sequences_[index];
     sequences_.dequeue(index);
     insert_running(index);
-    s.row = table_.take_row();
-    s.epoch = pool_.epoch(s.space);
-    s.version = versions_[s.space];
+    take_row(s, pool_.epoch(s.space), versions_[s.space]);
     const bool held = s.group != kNoGroup && !groups_[s.group].held_blocks.empty();
     share(s, held ? groups_[s.group].held_blocks : std::span<const BlockId>{}, held ? s.length() : 0);
     plan_chunk(index);
@@ -125,41 +124,6 @@ void CacheManager::insert_running(SequenceIndex index) {
     running_.insert(std::ranges::upper_bound(running_, index, older), index);
 }
 
-// Puts cached blocks into the row, where it ends at a block's edge, for as many of the next tokens as there are.
-void CacheManager::take_cached(Sequence& s) {
-    if (!is_current(s)) return;
-    while (s.room == 0 && s.written + block_size_ <= s.length()) {
-        const Token* tokens = s.tokens.data() + s.written;
-        const std::uint64_t hash = pool_.index().extend(s.hash, tokens);
-        const BlockId block = pool_.find({hash, s.epoch, s.parent, tokens});
-        if (block == kNoBlock) return;
-        pool_.acquire(block);
-        table_.set(s.row, s.num_blocks++, block);
-        s.written += block_size_;
-        s.hash = hash;
-        s.parent = block;
-        hit_tokens_ += block_size_;
-    }
-}
-
-// Starts the sequence's row with blocks of another one, whose first `written` tokens are the same.
-void CacheManager::share(Sequence& to, std::span<const BlockId> blocks, std::int32_t written) {
-    for (const BlockId block : blocks) {
-        pool_.acquire(block);
-        table_.set(to.row, to.num_blocks++, block);
-    }
-    to.written = written;
-    to.room = to.num_blocks * block_size_ - written;
-    if (to.room > 0) to.next_slot = static_cast<std::int64_t>(blocks.back() + 1) * block_size_ - to.room;
-    to.hash = pool_.index().root(to.epoch);
-    to.parent = kNoBlock;
-    for (std::int32_t i = 0; i < written / block_size_; ++i) {
-        to.hash = pool_.index().extend(to.hash, to.tokens.data() + i * block_size_);
-        to.parent = blocks[i];
-    }
-    hit_tokens_ += written;
-}
-
 // The leader's prompt is computed in this step: others of its group sample from the same logits, as many as rows
 // and blocks allow. If some have to wait, its blocks are held for them.
 void CacheManager::join_leader(Chunk& chunk) {
@@ -167,105 +131,41 @@ void CacheManager::join_leader(Chunk& chunk) {
     const GroupIndex group = std::exchange(leader.group, kNoGroup);
     Group& g = groups_[group];
     if (is_current(leader)) {
-        const auto blocks = table_.row(leader.row, leader.num_blocks);
-        scratch_blocks_.assign(blocks.begin(), blocks.end());
-        for (const Replacement& replacement : replacements_) {
-            if (replacement.sequence == chunk.sequence) scratch_blocks_[replacement.position] = replacement.block;
-        }
+        list_prompt_blocks(chunk.sequence);
         leader.owns_tail = false;
         for (; !g.others.empty() && table_.free_rows() > 0 && spare_blocks() > 0; ++chunk.joined) {
-            const SequenceIndex index = g.others.back();
+            join(g.others.back(), leader);
             g.others.pop_back();
-            Sequence& s = sequences_[index];
-            s.group = kNoGroup;
-            s.prefilling = false;
-            s.row = table_.take_row();
-            s.epoch = leader.epoch;
-            s.version = leader.version;
-            share(s, scratch_blocks_, leader.written);
-            insert_running(index);
-            joined_.push_back(index);
         }
-        if (!g.others.empty() && g.held_blocks.empty()) {
-            for (const BlockId block : scratch_blocks_) pool_.acquire(block);
-            g.held_blocks = scratch_blocks_;
-            g.held_epoch = leader.epoch;
-            holding_.push_back(group);
-        }
+        if (!g.others.empty() && g.held_blocks.empty()) hold_blocks(group, leader.epoch);
     }
     appoint_leader(group);
 }
 
-// Makes sure of blocks for the tokens before `end`; false where the sequence itself had to give way.
-bool CacheManager::make_writable(Sequence& s, std::int32_t end) {
-    if (s.room > 0 && !s.owns_tail && !own_tail(s)) return false;
-    while (s.num_blocks < blocks_for(end)) {
-        const BlockId block = pool_.allocate();
-        if (block != kNoBlock) {
-            table_.set(s.row, s.num_blocks++, block);
-        } else if (!reclaim(s)) {
-            return false;
-        }
+// As they will be after this step: replacements are made by then.
+void CacheManager::list_prompt_blocks(SequenceIndex index) {
+    const auto blocks = table_.row(sequences_[index].row, sequences_[index].num_blocks);
+    prompt_blocks_.assign(blocks.begin(), blocks.end());
+    for (const Replacement& replacement : replacements_) {
+        if (replacement.sequence == index) prompt_blocks_[replacement.position] = replacement.block;
     }
-    return true;
 }
 
-// Copies the last block unless nobody else refers to it or may find it.
-bool CacheManager::own_tail(Sequence& s) {
-    const BlockId tail = table_.at(s.row, s.num_blocks - 1);
-    while (!pool_.writable(tail)) {
-        const BlockId block = pool_.allocate();
-        if (block != kNoBlock) {
-            batch_.add_copy(tail, block);
-            ++copies_;
-            pool_.pin(tail);
-            pool_.release(tail);
-            table_.set(s.row, s.num_blocks - 1, block);
-            s.next_slot += static_cast<std::int64_t>(block - tail) * block_size_;
-            break;
-        }
-        if (!reclaim(s)) return false;
-    }
-    s.owns_tail = true;
-    return true;
-}
-
-void CacheManager::enter_block(Sequence& s) {
-    if (s.room > 0) return;
-    s.next_slot = static_cast<std::int64_t>(table_.at(s.row, s.written / block_size_)) * block_size_;
-    s.room = block_size_;
-    s.owns_tail = true;
-}
-
-void CacheManager::write_until(SequenceIndex index, std::int32_t end) {
+void CacheManager::join(SequenceIndex index, const Sequence& leader) {
     Sequence& s = sequences_[index];
-    while (s.written < end) {
-        enter_block(s);
-        const std::int32_t count = std::min(s.room, end - s.written);
-        s.written += count;
-        s.next_slot += count;
-        s.room -= count;
-        if (s.room == 0) complete_block(index);
-    }
+    s.group = kNoGroup;
+    s.prefilling = false;
+    take_row(s, leader.epoch, leader.version);
+    share(s, prompt_blocks_, leader.written);
+    insert_running(index);
+    joined_.push_back(index);
 }
 
-// The block of the last written token is full: from now on it is found by its tokens, unless one is already.
-void CacheManager::complete_block(SequenceIndex index) {
-    Sequence& s = sequences_[index];
-    if (!is_current(s)) return;
-    const Token* tokens = s.tokens.data() + s.written - block_size_;
-    const PrefixKey key{pool_.index().extend(s.hash, tokens), s.epoch, s.parent, tokens};
-    const std::int32_t position = s.written / block_size_ - 1;
-    const BlockId cached = pool_.find(key);
-    s.hash = key.hash;
-    if (cached == kNoBlock) {
-        s.parent = table_.at(s.row, position);
-        pool_.cache(s.parent, s.space, key);
-    } else {
-        pool_.acquire(cached);
-        replacements_.push_back({index, position, cached});
-        s.parent = cached;
-    }
+void CacheManager::hold_blocks(GroupIndex group, std::int64_t epoch) {
+    for (const BlockId block : prompt_blocks_) pool_.acquire(block);
+    groups_[group].held_blocks = prompt_blocks_;
+    groups_[group].held_epoch = epoch;
+    holding_.push_back(group);
 }
 
 // One thing to make room for a running sequence; false where that was to take its own blocks.

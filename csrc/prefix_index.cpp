@@ -24,7 +24,7 @@ PrefixIndex::PrefixIndex(std::int64_t num_blocks, std::int64_t block_size, std::
       factors_(static_cast<std::size_t>(block_size)),
       entries_(static_cast<std::size_t>(num_blocks)),
       tokens_(static_cast<std::size_t>(num_blocks * block_size)),
-      buckets_(std::bit_ceil(static_cast<std::size_t>(num_blocks)), kNoBlock) {
+      buckets_(std::bit_ceil(static_cast<std::size_t>(4 * num_blocks)), kNoBlock) {
     for (std::size_t i = 0; i < factors_.size(); ++i) factors_[i] = mix(i + 1) | 1;
 }
 

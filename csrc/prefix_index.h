@@ -64,7 +64,7 @@ private:
     std::vector<std::uint64_t> factors_;  // [block_size], odd: one per position in a block
     std::vector<Entry> entries_;          // by block
     std::vector<Token> tokens_;           // [num_blocks, block_size]
-    std::vector<BlockId> buckets_;        // first blocks; a power of two of them
+    std::vector<BlockId> buckets_;  // first blocks; a power of two of them, so many that most hold one or none
 };
 
 }  // namespace ppomax

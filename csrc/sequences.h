@@ -19,24 +19,26 @@ inline constexpr SequenceIndex kNoSequence = -1;
 inline constexpr GroupIndex kNoGroup = -1;
 
 struct Sequence {
-    std::vector<Token> tokens;  // prompt and response; its capacity is max_tokens from the start
+    // What each step reads and writes, in one cache line
+    alignas(64) std::vector<Token> tokens;  // prompt and response; its capacity is max_tokens from the start
     SequenceId id = -1;
     std::int64_t next_slot = kNoSlot;  // of token `written`, where room > 0
     std::int32_t written = 0;  // K and V of so many tokens are in its blocks, or will be after the present step
     std::int32_t room = 0;     // slots left in the block of token `written`; 0: that block is not in use yet
-    std::int32_t num_blocks = 0;  // entries of its row of the block table
-    std::int32_t prompt_tokens = 0;
     std::int32_t max_tokens = 0;
-    Row row = kNoRow;          // kNoRow: it waits
-    bool prefilling = true;    // not all of its tokens have been computed since it got its row
-    bool owns_tail = false;    // nobody else refers to the block that has room
-    Space space = 0;
-    GroupIndex group = kNoGroup;
+    Row row = kNoRow;        // kNoRow: it waits
+    bool prefilling = true;  // not all of its tokens have been computed since it got its row
+    bool owns_tail = false;  // nobody else refers to the block that has room
+
+    std::int32_t num_blocks = 0;  // entries of its row of the block table
     // Of the blocks that are full, under the epoch of the weights at admission:
-    std::uint64_t hash = 0;
     BlockId parent = kNoBlock;  // the last one
+    std::uint64_t hash = 0;
     std::int64_t epoch = 0;
     std::int64_t version = -1;  // of the weights at admission
+    std::int32_t prompt_tokens = 0;
+    Space space = 0;
+    GroupIndex group = kNoGroup;
     SequenceIndex previous = kNoSequence;  // in the queue
     SequenceIndex next = kNoSequence;
 

@@ -32,7 +32,10 @@ std::span<std::int64_t> StepBatch::add_chunk(Row row, std::span<const Token> chu
     const auto start = num_tokens;
     std::ranges::copy(chunk, tokens.begin() + start);
     std::iota(positions.begin() + start, positions.begin() + start + std::ssize(chunk), position);
-    add_member(row, position + std::ssize(chunk), start + std::ssize(chunk));
+    num_tokens += std::ssize(chunk);
+    rows[num_members] = row;
+    seq_lens[num_members] = static_cast<std::int32_t>(position + std::ssize(chunk));
+    cu_seqlens[++num_members] = static_cast<std::int32_t>(num_tokens);
     return std::span(slot_mapping).subspan(static_cast<std::size_t>(start), chunk.size());
 }
 

@@ -17,13 +17,19 @@ public:
     StepBatch(std::int64_t max_sequences, std::int64_t max_prefill_tokens, Row padding_row);
 
     void clear();  // an empty batch, all padding
-    // A member that computes its newest token and samples the next one. Before all chunks.
+    // A member that computes its newest token and samples the next one. Before all chunks, so that it has the
+    // same place among tokens, members and samples.
     void add_decode(Row row, Token token, std::int64_t position, std::int64_t slot, SequenceId id) {
-        tokens[num_tokens] = token;
-        positions[num_tokens] = position;
-        slot_mapping[num_tokens] = slot;
-        add_member(row, position + 1, num_tokens + 1);
-        add_sample(id);
+        const std::int64_t place = num_tokens;
+        tokens[place] = token;
+        positions[place] = position;
+        slot_mapping[place] = slot;
+        rows[place] = row;
+        seq_lens[place] = static_cast<std::int32_t>(position + 1);
+        cu_seqlens[place + 1] = static_cast<std::int32_t>(place + 1);
+        sample_ids[place] = id;
+        sample_positions[place] = place;
+        num_tokens = num_members = num_samples = place + 1;
     }
     // A member that computes several tokens, from position on; their slots are the caller's to fill in.
     std::span<std::int64_t> add_chunk(Row row, std::span<const Token> chunk, std::int64_t position);
@@ -52,13 +58,6 @@ public:
     std::vector<BlockId> copies;                 // [copies, 2]
 
 private:
-    void add_member(Row row, std::int64_t length, std::int64_t end) {
-        rows[num_members] = row;
-        seq_lens[num_members++] = static_cast<std::int32_t>(length);
-        cu_seqlens[num_members] = static_cast<std::int32_t>(end);
-        num_tokens = end;
-    }
-
     Row padding_row_;
 };
 

@@ -63,7 +63,8 @@ public:
             manager_.check_integrity();
             const Statistics now = manager_.statistics();
             expect(now.running + now.waiting == std::ssize(models_), "a sequence got lost");
-            expect(now.free_blocks + now.cached_blocks + now.blocks_in_use == sizes_.num_blocks - 1, "a block got lost");
+            const auto blocks = now.free_blocks + now.cached_blocks + now.blocks_in_use;
+            expect(blocks == sizes_.num_blocks - 1, "a block got lost");
         }
         while (!models_.empty()) step(sizes_.max_prefill_tokens);
         manager_.check_integrity();
@@ -140,7 +141,8 @@ private:
         for (const auto id : step.preempted) before.erase(id);
         for (const auto& [id, model] : models_) {
             const bool old = before.contains(id) || manager_.sequence(id).row == kNoRow;
-            expect(old || manager_.sequence(id).version == manager_.version(model.space), "started with an old version");
+            const auto version = manager_.sequence(id).version;
+            expect(old || version == manager_.version(model.space), "started with an old version");
         }
         planned_ = step.num_members > 0;
         expect(planned_ || models_.empty() || budget == 0, "nobody gets on");
@@ -206,7 +208,8 @@ private:
         const Model parent = models_.at(ids[0]);
         const auto count = 1 + below(std::ssize(parent.tokens));
         const SequenceId child = manager_.fork(ids[0], count);
-        models_[child] = {Tokens(parent.tokens.begin(), parent.tokens.begin() + count), parent.max_tokens, parent.space};
+        Tokens tokens(parent.tokens.begin(), parent.tokens.begin() + count);
+        models_[child] = {std::move(tokens), parent.max_tokens, parent.space};
     }
 
     void preempt() { manager_.preempt(some(true)); }
@@ -264,7 +267,8 @@ void exhaust_pool() {
 void collide() {
     PrefixIndex index(8, 2, 0);
     const Token tokens[] = {1, 2, 3, 4};
-    const PrefixKey keys[] = {{0, 1, kNoBlock, tokens}, {0, 1, kNoBlock, tokens + 2}, {0, 1, 3, tokens}, {0, 2, 3, tokens}};
+    const PrefixKey keys[] = {
+        {0, 1, kNoBlock, tokens}, {0, 1, kNoBlock, tokens + 2}, {0, 1, 3, tokens}, {0, 2, 3, tokens}};
     for (BlockId block = 3; block < 7; ++block) index.insert(block, keys[block - 3]);
     for (BlockId block = 3; block < 7; ++block) expect(index.find(keys[block - 3]) == block, "another block's tokens");
     expect(index.find({0, 1, kNoBlock, tokens + 1}) == kNoBlock, "tokens that nobody has");

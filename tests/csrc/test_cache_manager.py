@@ -601,6 +601,17 @@ def test_a_sequence_that_just_fits_runs_to_its_end() -> None:
     assert manager.statistics.peak_blocks_in_use == 5
 
 
+def test_the_last_free_block_is_no_copy_where_a_block_is_needed() -> None:
+    """The oldest can have its own last block back from the one that shares it, but no other fourth block."""
+    manager = KVCacheManager(5, 3, 2, 4)
+    manager.submit(int64(*range(11)), int64(1))
+    run(manager, 7)
+    child = manager.fork(0, 7)
+    step = manager.plan(100)
+    manager.check_integrity()
+    assert (step.preempted, step.num_copies, step.num_tokens) == ([child], 0, 4)
+
+
 # Wrong calls and resets
 
 

@@ -22,5 +22,6 @@ def test_random_operations_under_sanitizers(tmp_path: Path) -> None:
         text=True,
     )
     assert compiled.returncode == 0, compiled.stderr
-    run = subprocess.run([str(program), "100000", "0"], capture_output=True, text=True)
-    assert (run.returncode, run.stdout) == (0, "ok\n"), run.stderr
+    for seed in range(4):
+        run = subprocess.run([str(program), "100000", str(seed)], capture_output=True, text=True)
+        assert (run.returncode, run.stdout) == (0, "ok\n"), f"seed {seed}: {run.stderr}"
