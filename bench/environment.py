@@ -20,8 +20,15 @@ def environment() -> dict[str, str | int]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", "ppomax")},
+        **{name: _version(name) for name in ("torch", "triton", "transformers", "ppomax")},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 def _cpu() -> str:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import demo_seeds
+import engine_tables
+import kernels_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -29,7 +31,7 @@ def main() -> None:
     before = readme.read_text(encoding="utf-8")
     after = before
     for name, render in TABLES.items():
-        after = replace_section(after, name, render(json.loads((RESULTS / f"{name}.json").read_text())))
+        after = replace_section(after, name, render())
     if not arguments.check:
         readme.write_text(after, encoding="utf-8")
     elif after != before:
@@ -43,7 +45,13 @@ def replace_section(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda match: f"{match[1]}{content.strip()}\n{match[2]}", text)
 
 
-def demo_table(result: dict[str, Any]) -> str:
+def measured(name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return result
+
+
+def demo_table() -> str:
+    result = measured("demo_seeds")
     where, seeds = result["environment"], result["seeds"]
     accuracy = demo_seeds.cell([seed["rm_held_out_accuracy"] for seed in seeds.values()])
     note = (
@@ -54,7 +62,13 @@ def demo_table(result: dict[str, Any]) -> str:
     return f"{demo_seeds.table(seeds)}\n\n{note}"
 
 
-TABLES: dict[str, Callable[[dict[str, Any]], str]] = {"demo_seeds": demo_table}
+TABLES: dict[str, Callable[[], str]] = {
+    "demo_seeds": demo_table,
+    "rollouts": engine_tables.rollouts_table,
+    "kernels": kernels_table.table,
+    "trl": engine_tables.trl_table,
+    "adapters": engine_tables.adapters_table,
+}
 
 if __name__ == "__main__":
     main()

@@ -213,8 +213,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", choices=("ppomax", "trl"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     if arguments.worker:
-        torch.set_num_threads(1)
         torch.manual_seed(0)
         run = run_ppomax if arguments.worker == "ppomax" else run_trl
         print(json.dumps(run(arguments.case[0], arguments.iterations)))
