@@ -365,3 +365,17 @@ def test_placement() -> None:
     assert (automatic.dtype == torch.bfloat16) == torch.cuda.is_available()
     with pytest.raises(InputError, match=r"RuntimeConfig\.device = 'cuda:77'"):
         Placement.of(RuntimeConfig(device="cuda:77"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_of_a_bfloat16_model_are_not_rounded(family: str, new_policy: Any) -> None:
+    policy = new_policy(family, dtype=torch.bfloat16)
+    hidden = 8 * torch.randn(5, policy.config.hidden_size, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = hidden.double() @ policy.head["weight"].double().t()
+    if (cap := policy.head["softcap"]) is not None:
+        exact = cap * torch.tanh(exact / cap)
+    logits = policy.logits(hidden)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), exact, rtol=1e-5, atol=1e-5)
+    assert (logits.bfloat16().double() - exact).abs().max() > 1e-2, "rounded logits would show"
