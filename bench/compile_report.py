@@ -40,7 +40,7 @@ from suites import configured
 # values that the data choose (a draw, elements in the order of an index), are held to nothing more.
 MATMUL = {"linear_statistics"}
 ATTENTION = {"paged_attention"}
-SMALL = {"logprobs_merge", "linear_merge", "ppo_finish", "gae_moments", "whiten_merge", "paged_attention_merge",
+SMALL = {"logprobs_merge", "linear_merge", "ppo_finish", "whiten_merge", "paged_attention_merge",
          "sample_draw", "sample_mark_seen"}  # fmt: skip
 
 

@@ -284,22 +284,11 @@ def sample(
     if seen is not None:
         penalised = seen.numel() > 0 and (penalties is not None or penalty != 1.0)
         seen = _unit_stride(seen) if penalised else None
-    return Sample(
-        *_sample(
-            _unit_stride(logits),
-            float(t),
-            temperatures,
-            int(k) if 0 < k < vocab else 0,
-            top_ks,
-            min(float(p), 1.0),
-            top_ps,
-            float(penalty),
-            penalties,
-            seen,
-            seeds.to(logits.device).long(),
-            positions.to(logits.device).long(),
-        )
-    )
+    return Sample(*_sample(
+        _unit_stride(logits), float(t), temperatures, int(k) if 0 < k < vocab else 0, top_ks,
+        min(float(p), 1.0), top_ps, float(penalty), penalties, seen,
+        seeds.to(logits.device).long().contiguous(), positions.to(logits.device).long().contiguous(),
+    ))  # fmt: skip
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -8,8 +8,8 @@ accesses; only those at its ends take narrow ones. A sequence occupies one multi
 very long ones are bound by the latency of a block, not by bytes.
 
 For the moments in `shaped_gae` each program sums its advantages and their squares in fp64, where squares are exact
-and nothing cancels that matters; a second launch adds the programs' sums in a fixed order. (The last program to
-finish could, but the counter that tells it so has to be zeroed: a launch as well.)
+and nothing cancels that matters. The last program to finish, which a counter tells it, adds the programs' sums in a
+fixed order: one launch, and the same bits whichever program that is.
 """
 
 from __future__ import annotations
@@ -95,6 +95,28 @@ def discounted(delta, decay, carry, BLOCK_T: tl.constexpr):
     return x, tl.sum(tl.where(tl.arange(0, BLOCK_T) == 0, x, 0.0), 0)
 
 
+@triton.jit
+def merge_moments(parts_ptr, count_ptr, mean_ptr, m2_ptr, n_sequences, BLOCK_S: tl.constexpr):
+    """The moments of all advantages from the sums of each sequence's."""
+    count = tl.zeros((BLOCK_S,), tl.float64)
+    total = tl.zeros((BLOCK_S,), tl.float64)
+    squares = tl.zeros((BLOCK_S,), tl.float64)
+    stride = n_sequences.to(tl.int64)
+    for first in range(0, n_sequences, BLOCK_S):
+        offs_s = first + tl.arange(0, BLOCK_S)
+        part, inside = parts_ptr + offs_s, offs_s < n_sequences
+        # .cg: from the L2 cache, where the other programs' sums are
+        count += tl.load(part, mask=inside, other=0.0, cache_modifier=".cg")
+        total += tl.load(part + stride, mask=inside, other=0.0, cache_modifier=".cg")
+        squares += tl.load(part + 2 * stride, mask=inside, other=0.0, cache_modifier=".cg")
+    n, sum_ = tl.sum(count, 0), tl.sum(total, 0)
+    mean = sum_ / tl.maximum(n, 1.0)
+    m2 = tl.sum(squares, 0) - sum_ * mean
+    tl.store(count_ptr, n.to(tl.float32))
+    tl.store(mean_ptr, mean.to(tl.float32))
+    tl.store(m2_ptr, tl.where(m2 < 0, 0.0, m2).to(tl.float32))
+
+
 @triton.jit(do_not_specialize=["length", "n_sequences"])
 def gae_kernel(
     rewards_ptr,  # [N], written where KL_KIND is not 0
@@ -109,6 +131,10 @@ def gae_kernel(
     ref_logprobs_ptr,  # [N]
     kl_ptr,  # [N]
     parts_ptr,  # [3, S] fp64: number of advantages, their sum, the sum of their squares
+    finished_ptr,  # programs that have finished, 0 at first
+    count_ptr,
+    mean_ptr,
+    m2_ptr,
     gamma,
     decay,
     kl_coef,
@@ -116,6 +142,7 @@ def gae_kernel(
     n_sequences,
     KL_KIND: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     sequence = tl.program_id(0).to(tl.int64)
     base, start, stop = sequence_span(cu_seqlens_ptr, sequence, length)
@@ -160,27 +187,9 @@ def gae_kernel(
         tl.store(part, count.to(tl.float64))
         tl.store(part + stride, total)
         tl.store(part + 2 * stride, squares)
-
-
-@triton.jit(do_not_specialize=["n_sequences"])
-def gae_moments(parts_ptr, count_ptr, mean_ptr, m2_ptr, n_sequences, BLOCK_S: tl.constexpr):
-    """The moments of all advantages from the sums of each sequence's; one program."""
-    count = tl.zeros((BLOCK_S,), tl.float64)
-    total = tl.zeros((BLOCK_S,), tl.float64)
-    squares = tl.zeros((BLOCK_S,), tl.float64)
-    stride = n_sequences.to(tl.int64)
-    for first in range(0, n_sequences, BLOCK_S):
-        offs_s = first + tl.arange(0, BLOCK_S)
-        part, inside = parts_ptr + offs_s, offs_s < n_sequences
-        count += tl.load(part, mask=inside, other=0.0)
-        total += tl.load(part + stride, mask=inside, other=0.0)
-        squares += tl.load(part + 2 * stride, mask=inside, other=0.0)
-    n, sum_ = tl.sum(count, 0), tl.sum(total, 0)
-    mean = sum_ / tl.maximum(n, 1.0)
-    m2 = tl.sum(squares, 0) - sum_ * mean
-    tl.store(count_ptr, n.to(tl.float32))
-    tl.store(mean_ptr, mean.to(tl.float32))
-    tl.store(m2_ptr, tl.where(m2 < 0, 0.0, m2).to(tl.float32))
+        tl.debug_barrier()  # the sums are stored before the counter says so
+        if tl.atomic_add(finished_ptr, 1, sem="acq_rel", scope="gpu") == n_sequences - 1:
+            merge_moments(parts_ptr, count_ptr, mean_ptr, m2_ptr, n_sequences, BLOCK_S)
 
 
 def _launch_gae(n_sequences: int, values: Tensor, **arguments: Any) -> tuple[Tensor, Tensor]:
@@ -223,6 +232,10 @@ def gae(
         ref_logprobs_ptr=None,
         kl_ptr=None,
         parts_ptr=None,
+        finished_ptr=None,
+        count_ptr=None,
+        mean_ptr=None,
+        m2_ptr=None,
         gamma=gamma,
         decay=gamma * gae_lambda,
         kl_coef=0.0,
@@ -248,7 +261,8 @@ def shaped_gae(
     n_sequences = scores.numel()
     rewards, kl = (torch.empty_like(values, dtype=torch.float32) for _ in range(2))
     parts = torch.empty(3, n_sequences, dtype=torch.float64, device=values.device)
-    count, mean, m2 = (torch.empty((), dtype=torch.float32, device=values.device) for _ in range(3))
+    make = torch.empty if n_sequences else torch.zeros  # without a sequence no program runs
+    count, mean, m2 = (make((), dtype=torch.float32, device=values.device) for _ in range(3))
     advantages, returns = _launch_gae(
         n_sequences,
         values,
@@ -261,20 +275,14 @@ def shaped_gae(
         ref_logprobs_ptr=ref_logprobs,
         kl_ptr=kl,
         parts_ptr=parts,
+        finished_ptr=torch.zeros(1, dtype=torch.int32, device=values.device),
+        count_ptr=count,
+        mean_ptr=mean,
+        m2_ptr=m2,
         gamma=gamma,
         decay=gamma * gae_lambda,
         kl_coef=kl_coef,
         length=0,
         KL_KIND=KL_KINDS[kl_kind],
-    )
-    launch(
-        gae_moments,
-        (1,),
-        configuration("gae_moments", values.device),
-        parts_ptr=parts,
-        count_ptr=count,
-        mean_ptr=mean,
-        m2_ptr=m2,
-        n_sequences=n_sequences,
     )
     return advantages, returns, rewards, kl, count, mean, m2

@@ -301,6 +301,7 @@ def test_extreme_logits(options: dict) -> None:
 
 
 @both_paths
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
 @pytest.mark.parametrize("options", [{}, {"top_p": 0.9}, {"top_k": 3}, {"temperature": 0.0}], ids=str)
 def test_broken_rows_stay_by_themselves(options: dict) -> None:
     """NaN and rows of nothing but -inf draw some token of the vocabulary with a NaN log-prob; others are as alone."""
@@ -351,9 +352,11 @@ def test_edges() -> None:
 def test_strided_inputs() -> None:
     logits, seen = torch.randn(8, 2, 70)[::2, 1], seen_tokens(4, 70).repeat(1, 2)[:, :6]
     options = {"top_p": torch.tensor([0.5, 0.0, 0.9, 0.0])[::2].repeat_interleave(2), "repetition_penalty": 1.5}
-    ours = sample(logits, seen=seen, **options, **streams(4))
-    plain = sample(logits.clone(), seen=seen.contiguous(), **options, **streams(4))
-    turned = sample(logits.t().contiguous().t(), seen=seen.t().contiguous().t(), **options, **streams(4))
+    stream = {"seeds": torch.arange(8)[1::2], "positions": torch.arange(4, dtype=torch.int32)}
+    contiguous = {name: x.long().contiguous() for name, x in stream.items()}
+    ours = sample(logits, seen=seen, **options, **stream)
+    plain = sample(logits.clone(), seen=seen.contiguous(), **options, **contiguous)
+    turned = sample(logits.t().contiguous().t(), seen=seen.t().contiguous().t(), **options, **stream)
     for a, b, c in zip(ours, plain, turned, strict=True):
         assert torch.equal(a, b)
         assert torch.equal(a, c)
