@@ -41,7 +41,7 @@ from suites import configured
 MATMUL = {"linear_statistics"}
 ATTENTION = {"paged_attention"}
 SMALL = {"logprobs_merge", "linear_merge", "ppo_finish", "whiten_merge", "paged_attention_merge",
-         "sample_draw", "sample_mark_seen"}  # fmt: skip
+         "sample_draw"}  # fmt: skip
 
 
 def held_to(launch: Launch) -> list[str]:

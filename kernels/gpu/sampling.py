@@ -3,7 +3,7 @@
 First the logits are read once, in groups of GROUP neighbours: of each the largest logit and the sum of
 exponentials are kept, raw and processed. Then one program per row finds the group its token falls into from
 these, and reads that group again; with top-k or top-p it first finds where they end (`truncation.py`), reading
-again only groups that reach there. A repetition penalty takes a bit per token, set before.
+again only groups that reach there. A repetition penalty takes a bit per token, which the first launch sets.
 """
 
 from __future__ import annotations
@@ -23,14 +23,20 @@ from .truncation import is_kept, key_of, read, truncate, weight_of
 LARGEST_INVERSE = tl.constexpr(1e37)  # of a temperature: times log2(e) it is finite
 
 
-@triton.jit(do_not_specialize=["stride_seen", "length"])
-def sample_mark_seen(seen_ptr, bits_ptr, stride_seen, length, vocab, words, BLOCK_L: tl.constexpr):
-    """Sets bits [R, words] int32 of the tokens in seen [R, length]; those outside the vocabulary are padding."""
-    row = tl.program_id(0).to(tl.int64)
-    offs_l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    token = tl.load(seen_ptr + row * stride_seen + offs_l, mask=offs_l < length, other=-1)
-    bit = tl.full((BLOCK_L,), 1, tl.int32) << (token % 32).to(tl.int32)
-    tl.atomic_or(bits_ptr + row * words + token // 32, bit, mask=(token >= 0) & (token < vocab), sem="relaxed")
+@triton.jit
+def mark_seen(seen_ptr, bits_ptr, length, first, vocab, TOKENS: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Writes the bits of a row's tokens `first` to `first + TOKENS - 1`, set where in seen [length]; what is outside
+    the vocabulary there is padding. No other program touches these words."""
+    offs_w = first // 32 + tl.arange(0, TOKENS // 32)
+    tl.store(bits_ptr + offs_w, tl.zeros((TOKENS // 32,), tl.int32), mask=offs_w * 32 < vocab)
+    tl.debug_barrier()
+    last = tl.minimum(first + TOKENS, vocab)
+    for start in range(0, length, BLOCK_L):
+        offs_l = start + tl.arange(0, BLOCK_L)
+        token = tl.load(seen_ptr + offs_l, mask=offs_l < length, other=-1)
+        bit = tl.full((BLOCK_L,), 1, tl.int32) << (token % 32).to(tl.int32)
+        tl.atomic_or(bits_ptr + token // 32, bit, mask=(token >= first) & (token < last), sem="relaxed")
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -63,25 +69,32 @@ def _sum_exp(x, m, scale):
     return tl.sum(tl.exp2((x - base[:, None]) * scale), 1)
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "stride_seen", "length"])
 def sample_groups(
     logits_ptr,  # [R, V]
-    bits_ptr,  # [R, cdiv(V, 32)] or None
+    seen_ptr,  # [R, length] or None
+    bits_ptr,  # [R, cdiv(V, 32)] int32, written where there is `seen`, else None
     temperature_ptr,  # [R] or None
     penalty_ptr,  # [R] or None
     groups_ptr,  # [2 to 4, R, n_groups]: m, s; processed s, m where they differ
     temperature,
     penalty,
     stride_row,
+    stride_seen,
+    length,
     vocab,
     n_groups,
     n_rows,
     TEMPERED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    BLOCK_L: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
     row = row_of(logits_ptr, bits_ptr, penalty, penalty_ptr, index, stride_row, vocab)
+    if seen_ptr is not None:
+        first = tl.program_id(1) * BLOCK_G * GROUP
+        mark_seen(seen_ptr + index * stride_seen, row[1], length, first, vocab, BLOCK_G * GROUP, BLOCK_L)
     offs_g = tl.program_id(1) * BLOCK_G + tl.arange(0, BLOCK_G)
     x, z, _ = read(row, offs_g, GROUP)
     out_ptr = groups_ptr + index * n_groups + offs_g
@@ -219,19 +232,6 @@ def sample_draw(
     tl.store(behavior_ptr + index, logprob)
 
 
-def _bits_of_seen(seen: Tensor, vocab: int) -> Tensor:
-    """[R, cdiv(V, 32)] int32: a bit per token, set for those of `seen` [R, L]."""
-    n_rows, length = seen.shape
-    words = cdiv(vocab, 32)
-    bits = torch.zeros(n_rows, words, dtype=torch.int32, device=seen.device)
-    config = configuration("sample_mark_seen", seen.device)
-    launch(
-        sample_mark_seen, (n_rows, cdiv(length, config["BLOCK_L"])), config, seen_ptr=seen, bits_ptr=bits,
-        stride_seen=seen.stride(0), length=length, vocab=vocab, words=words,
-    )  # fmt: skip
-    return bits
-
-
 def sample(
     logits: Tensor,
     temperature: float,
@@ -257,14 +257,17 @@ def sample(
     tempered = temperatures is not None or temperature not in (0.0, 1.0)
     planes = 4 if seen is not None else 3 if tempered else 2
     common = {
-        "logits_ptr": logits, "bits_ptr": None if seen is None else _bits_of_seen(seen, vocab),
+        "logits_ptr": logits,
+        "bits_ptr": None if seen is None else new(n_rows, cdiv(vocab, 32), dtype=torch.int32),
         "temperature_ptr": temperatures, "penalty_ptr": penalties,
         "groups_ptr": new(planes, n_rows, n_groups, dtype=torch.float32),
         "temperature": temperature, "penalty": penalty,
         "stride_row": logits.stride(0) if n_rows > 1 else vocab,  # that of a single row can be anything
         "vocab": vocab, "n_groups": n_groups, "n_rows": n_rows, "TEMPERED": tempered,
     }  # fmt: skip
-    launch(sample_groups, (n_rows, cdiv(n_groups, config["BLOCK_G"])), config, **common)
+    stride_seen, length = (0, 0) if seen is None else (seen.stride(0), seen.shape[1])
+    grid = (n_rows, cdiv(n_groups, config["BLOCK_G"]))
+    launch(sample_groups, grid, config, seen_ptr=seen, stride_seen=stride_seen, length=length, **common)
 
     common["GROUP"] = config["GROUP"]
     config = configuration("sample_draw", logits.device, vocab=vocab)

@@ -36,7 +36,8 @@ def read(row, group, GROUP: tl.constexpr):
     x = tl.load(logits_ptr + ids, mask=ids < vocab, other=float("-inf")).to(tl.float32)
     z = x
     if bits_ptr is not None:
-        seen = (tl.load(bits_ptr + word, mask=word * 32 < vocab, other=0) >> bit) & 1
+        # .cg: past the L1 cache, which atomics do not change
+        seen = (tl.load(bits_ptr + word, mask=word * 32 < vocab, other=0, cache_modifier=".cg") >> bit) & 1
         z = tl.where(seen != 0, tl.where(x >= 0, x * (1.0 / penalty), x * penalty), x)
     shape: tl.constexpr = (group.shape[0], GROUP)
     return tl.reshape(x, shape), tl.reshape(z, shape), tl.reshape(ids, shape)
