@@ -33,7 +33,7 @@ def _blocks(name: str, sizes: Iterable[int], warps: Iterable[int] = (4, 8)) -> l
 
 
 _ROWS = _blocks("BLOCK_V", (1024, 2048, 4096, 8192, 16384), (4, 8, 16))
-_SEQUENCES = _blocks("BLOCK_T", (256, 512, 1024, 2048, 4096, 8192), (4, 8, 16))
+_SEQUENCES = _grid(BLOCK_T=(256, 512, 1024, 2048, 4096, 8192), BLOCK_S=(512,), num_warps=(4, 8, 16), num_stages=(1,))
 _ELEMENTS = _blocks("BLOCK_N", (256, 512, 1024, 2048, 4096))
 CANDIDATES: dict[str, list[Config]] = {
     "logprobs_forward": _ROWS,
@@ -59,7 +59,9 @@ CANDIDATES: dict[str, list[Config]] = {
     ),
     "paged_attention_merge": _grid(num_warps=(1, 2, 4), num_stages=(1,)),
     "kv_write": _blocks("BLOCK_C", (256, 512, 1024), (1, 2, 4)),
-    "sample_groups": _grid(GROUP=(64, 128, 256), BLOCK_G=(16, 32, 64, 128), num_warps=(4, 8), num_stages=(1,)),
+    "sample_groups": _grid(
+        GROUP=(64, 128, 256), BLOCK_G=(16, 32, 64, 128), BLOCK_L=(256,), num_warps=(4, 8), num_stages=(1,)
+    ),
     "sample_draw": _grid(BLOCK_S=(16, 32, 64), CAPACITY=(1024, 2048, 4096), num_warps=(4, 8), num_stages=(1,)),
     "adamw_step": _blocks("BLOCK_ROWS", (1, 2, 4, 8, 16)),
 }  # fmt: skip

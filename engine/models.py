@@ -117,11 +117,11 @@ class CausalModel(_Trunk):
         }
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits `[R, V]` of hidden states `[R, H]`, never rounded to less than float32: one row per running sequence,
-        in sampling only."""
+        """float32 logits `[R, V]` of hidden states `[R, H]`, never rounded to less: one row per running sequence, in
+        sampling only."""
         head = self.head
         with tiled_linear() if self.exact else nullcontext():
-            logits = _product(hidden, head["weight"])
+            logits = _product(hidden, head["weight"]).float()
         logits = logits if head["bias"] is None else logits + head["bias"]
         if head["softcap"] is not None:
             logits = head["softcap"] * torch.tanh(logits / head["softcap"])
