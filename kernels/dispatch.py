@@ -47,7 +47,13 @@ def dense(x: Tensor | None) -> Tensor | None:
 
 
 def temperature_pair(temperature: float | Tensor, like: Tensor) -> tuple[float, Tensor | None]:
-    """(value, None) or (1.0, 0-dim fp32/fp64 tensor on the device of `like`): custom ops take no unions."""
+    """(value, None) or (1.0, 0-dim fp32/fp64 tensor on the device of `like`): custom ops take no unions.
+
+    Raises:
+        ValueError: a tensor of more than one number: rows have no temperatures (or normalizers) of their own.
+    """
     if not isinstance(temperature, Tensor):
         return float(temperature), None
-    return 1.0, temperature.detach().to(like.device)
+    if temperature.numel() != 1:
+        raise ValueError(f"expected one number for all rows, got a tensor of shape {tuple(temperature.shape)}")
+    return 1.0, temperature.detach().reshape(()).to(like.device)

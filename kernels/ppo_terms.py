@@ -6,7 +6,7 @@ Policy, per token, with rho = exp(logprob - old_logprob), advantage A and clip r
     pg = min(pg, -A c) where A < 0                              dual clip, arXiv 1912.09729, equation 5
 
 which is `-A clamp(rho, lower, upper)` with (lower, upper) = (0, 1 + eps_high) where A >= 0 and (1 - eps, c)
-where A < 0. Then `term = importance_weight * pg - entropy_coef * entropy + kl_coef * kl(logprob,
+where A < 0, for any c > 1. Then `term = importance_weight * pg - entropy_coef * entropy + kl_coef * kl(logprob,
 ref_logprob)`; with an `entropy_bound` the bonus counts only in tokens whose entropy is below it (the clipped
 bonus of arXiv 2307.04964).
 
@@ -46,8 +46,8 @@ class PolicyOptions:
     def __post_init__(self) -> None:
         if self.clip_eps < 0 or (self.clip_eps_high is not None and self.clip_eps_high < 0):
             raise ValueError("clip_eps and clip_eps_high must not be negative")
-        if self.dual_clip is not None and self.dual_clip <= 1.0 + self.clip_eps:
-            raise ValueError(f"dual_clip is a bound on the ratio above 1 + clip_eps, got {self.dual_clip}")
+        if self.dual_clip is not None and self.dual_clip <= 1.0:
+            raise ValueError(f"dual_clip is a bound on the ratio above 1, got {self.dual_clip}")
         if self.log_ratio_clamp is not None and self.log_ratio_clamp <= 0:
             raise ValueError(f"log_ratio_clamp must be positive, got {self.log_ratio_clamp}")
         check_kind(self.kl_kind)

@@ -11,8 +11,7 @@ the log-probs [B, S - 1], those of the value loss are not; masks 1 = keep, `samp
 global means, to be added up over micro-batches.
 
 Not here, and an error: `disable_ppo_ratio`, `use_cispo`, `positive_example_nll_weight`. What differs from NeMo-RL's
-numbers: masked positions may hold anything, NaN included, in losses and in metrics; results are fp32; `ratio_clip_c`
-has to exceed 1 + ratio_clip_min.
+numbers: masked positions may hold anything, NaN included, in losses and in metrics; results are fp32.
 """
 
 from __future__ import annotations

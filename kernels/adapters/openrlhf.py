@@ -10,7 +10,7 @@ Tensors are (B, T), masks 1 = keep. What differs from OpenRLHF's numbers:
 - Masked positions may hold anything, NaN included; shaped rewards are 0 there (OpenRLHF: the KL term, masked later).
 - Rows without an unmasked token count nowhere (OpenRLHF: their score lands on the last column, and their filter
   statistics are NaN); a batch without one gives 0 instead of NaN.
-- Results are fp32; `dual_clip` has to exceed 1 + clip_eps_low, not 1 alone.
+- Results are fp32.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ differs from SkyRL's numbers:
 
 - In the losses masked positions may hold anything, NaN included; advantages are 0 there. Masks are taken as binary.
 - A batch without an unmasked token, or whitening of one alone, gives 0 where SkyRL raises.
-- Results are fp32; `clip_ratio_c` has to exceed 1 + eps_clip_low.
+- Results are fp32.
 - Corrections for the rollout (`off_policy_correction`) are SkyRL's own, called from here.
 """
 

@@ -10,7 +10,7 @@ slime's numbers:
 
 - The reducer takes the mean of each sample's own tokens, as slime's does unless several samples share a rollout.
   Masked positions may hold anything there, NaN included.
-- The terms are fp32; `eps_clip_c` has to exceed 1 + eps_clip.
+- The terms are fp32.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ Tensors are (B, response_length), masks 1 = keep. What differs from verl's numbe
 - A batch without an unmasked token gives 0 (verl: NaN, or an error in whitening, also with a single token).
 - Log-probs and entropy are fp32 whatever the dtype of the model, and neither -inf logits nor rows whose logits all lie
   far below 0 make NaN or inf (verl's Triton head starts its running maximum at 0).
-- `clip_ratio_c` has to exceed 1 + clip_ratio_low, not 1 alone.
 """
 
 from __future__ import annotations

@@ -55,14 +55,6 @@ def inverse_of(temperature):
 
 
 @triton.jit
-def row_of(logits_ptr, bits_ptr, penalty, penalty_ptr, row, stride_row, vocab):
-    """A row as `truncation.py` takes it."""
-    if bits_ptr is not None:
-        bits_ptr += row * ((vocab + 31) // 32)
-    return logits_ptr + row * stride_row, bits_ptr, option(penalty, penalty_ptr, row, tl.float32), vocab
-
-
-@triton.jit
 def _sum_exp(x, m, scale):
     """Sum over a group of 2^((x - m) scale); 0 where m is -inf."""
     base = tl.where(m == float("-inf"), 0.0, m)
@@ -91,7 +83,10 @@ def sample_groups(
     BLOCK_L: tl.constexpr,
 ):
     index = tl.program_id(0).to(tl.int64)
-    row = row_of(logits_ptr, bits_ptr, penalty, penalty_ptr, index, stride_row, vocab)
+    if bits_ptr is not None:
+        bits_ptr += index * ((vocab + 31) // 32)
+    penalty = option(penalty, penalty_ptr, index, tl.float32)
+    row = (logits_ptr + index * stride_row, bits_ptr, penalty, vocab)  # no function: Triton 3.6 cannot return a None
     if seen_ptr is not None:
         first = tl.program_id(1) * BLOCK_G * GROUP
         mark_seen(seen_ptr + index * stride_seen, row[1], length, first, vocab, BLOCK_G * GROUP, BLOCK_L)
@@ -183,7 +178,10 @@ def sample_draw(
 ):
     """Second launch: a token per row, and its log-probs."""
     index = tl.program_id(0).to(tl.int64)
-    row = row_of(logits_ptr, bits_ptr, penalty, penalty_ptr, index, stride_row, vocab)
+    if bits_ptr is not None:
+        bits_ptr += index * ((vocab + 31) // 32)
+    penalty = option(penalty, penalty_ptr, index, tl.float32)
+    row = (logits_ptr + index * stride_row, bits_ptr, penalty, vocab)  # no function: Triton 3.6 cannot return a None
     temperature = option(temperature, temperature_ptr, index, tl.float32)
     inverse = inverse_of(temperature)
     offs_g = tl.arange(0, GROUPS)

@@ -198,6 +198,7 @@ def test_shapes_that_do_not_fit_raise(head_inputs: Any) -> None:
         lambda: linear_logprobs(hidden, weight, labels[:3]),
         lambda: linear_logprobs(hidden, weight, labels, bias=bias[:9]),
         lambda: linear_logprobs(hidden, weight, labels, mask=torch.ones(3, dtype=torch.bool)),
+        lambda: linear_logprobs(hidden, weight, labels, temperature=torch.ones(4)),
     ):
         with pytest.raises(ValueError, match=r"shape|hidden"):
             bad()

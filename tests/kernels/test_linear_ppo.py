@@ -18,6 +18,7 @@ torch_path = pytest.mark.parametrize("path", ["torch"], indirect=True)
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "dual-asymmetric": {"clip_eps": 0.1, "clip_eps_high": 0.3, "dual_clip": 2.0},
+    "dual-inside-the-range": {"dual_clip": 1.05},
     "entropy": {"entropy_coef": 0.05, "entropy_bound": 4.5},
     "kl": {"kl_coef": 0.3, "kl_kind": "k3"},
     "weights": {"importance_weights": True, "whiten": (torch.tensor(0.2), torch.tensor(1.4))},

@@ -22,6 +22,7 @@ ALL = {
 OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "dual": {"dual_clip": 1.5},
+    "dual-inside-the-range": {"dual_clip": 1.05},
     "entropy": {"entropy_coef": 0.1},
     "k1": {"kl_coef": 0.2, "kl_kind": "k1"},
     "k3": {"kl_coef": 0.2},
@@ -286,7 +287,7 @@ def test_wrong_arguments_raise() -> None:
         "entropy_coef needs": lambda: policy_loss(x, x, x, entropy_coef=0.1),
         "kl_coef needs": lambda: policy_loss(x, x, x, kl_coef=0.1),
         "unknown KL": lambda: policy_loss(x, x, x, kl_kind="k4"),  # type: ignore[arg-type]
-        "dual_clip": lambda: policy_loss(x, x, x, dual_clip=1.1),
+        "dual_clip": lambda: policy_loss(x, x, x, dual_clip=1.0),
         "clip_eps_high must not": lambda: policy_loss(x, x, x, clip_eps=-0.1),
         "log_ratio_clamp": lambda: policy_loss(x, x, x, log_ratio_clamp=0.0),
         "cu_seqlens": lambda: policy_loss(x, x, x, reduction="seq-mean-token-mean"),

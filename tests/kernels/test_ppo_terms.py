@@ -19,6 +19,7 @@ POLICY_OPTIONS: dict[str, dict[str, Any]] = {
     "default": {},
     "asymmetric": {"clip_eps": 0.1, "clip_eps_high": 0.3},
     "dual": {"dual_clip": 1.5},
+    "dual-inside-the-range": {"dual_clip": 1.05},
     "entropy": {"entropy_coef": 0.1},
     "bounded-entropy": {"entropy_coef": 0.1, "entropy_bound": 1.0},
     "k1": {"kl_coef": 0.2, "kl_kind": "k1"},

@@ -93,6 +93,7 @@ OPTIONS: dict[str, PolicyOptions] = {
     "default": PolicyOptions(),
     "no-range": PolicyOptions(clip_eps=0.0),
     "dual": PolicyOptions(clip_eps_high=0.3, dual_clip=2.0),
+    "dual-inside-the-range": PolicyOptions(dual_clip=1.05),
     "clamped": PolicyOptions(log_ratio_clamp=0.5),
     "entropy": PolicyOptions(entropy_coef=0.1),
     "bounded-entropy": PolicyOptions(entropy_coef=0.1, entropy_bound=1.25),

@@ -10,7 +10,7 @@ from ppomax.kernels.adapters import slime
 LENGTHS = [4, 1, 7, 3]
 
 
-@pytest.mark.parametrize("dual", [None, 1.4])
+@pytest.mark.parametrize("dual", [None, 1.4, 1.05])
 def test_terms(dual: float | None, fields: Any, loops: Any, same: Any) -> None:
     f = fields(garbage=None, gaps=False)
     f.mask = torch.ones_like(f.mask)
