@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase,
 from .attention import ATTENTION
 from .errors import InputError
 from .models import CausalModel, Placement
+from .weights import cast
 
 # name -> (width, layers, heads, feed-forward width)
 SHAPES = {"tiny": (96, 3, 4, 256), "small": (192, 4, 6, 512)}
@@ -60,4 +61,4 @@ def new_model(name: str, tokenizer: PreTrainedTokenizerBase, placement: Placemen
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
-    return CausalModel(model.to(device=placement.device, dtype=placement.dtype), exact=placement.exact)
+    return CausalModel(cast(model, placement.device, placement.dtype), placement)

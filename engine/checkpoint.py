@@ -14,7 +14,11 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
 from .errors import InputError, StorageError, first_line
+from .lora import has_adapter, save_adapter
 from .models import Model, ScalarModel
+from .parallel import ALONE, Ranks
+from .tensors import put_back, take_out, write_tensors
+from .weights import SHARD_SIZE, save_weights, weight_files
 
 # Whatever writes a file may run into a full disk, each in its own words.
 _WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
@@ -73,21 +77,53 @@ def _storage_error(path: Path, error: BaseException) -> StorageError:
     return StorageError(path, reason)
 
 
-def save_model(model: Model, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write a Hugging Face folder: configuration, safetensors, tokenizer.
+def save_model(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    max_shard_size: str = SHARD_SIZE,
+    write: bool = True,
+) -> None:
+    """Write a Hugging Face folder: configuration, safetensors of at most `max_shard_size`, tokenizer.
 
-    Where other files stand in `folder` they stay; `config.json`, which makes it a model folder, comes last.
+    Where other files stand in `folder` they stay, but for the weights of a model that was there; `config.json`, which
+    makes it a model folder, goes first and comes last. Where the model is sharded all processes call this, and one of
+    them has `write`.
     """
+    if not write:
+        save_weights(model.model, folder, max_shard_size=max_shard_size, write=False)
+        return
     if isinstance(model, ScalarModel) and model.config.pad_token_id is None:
         # Other tools find a response's end by its padding.
         model.config.pad_token_id = tokenizer.pad_token_id
     whole = folder / ".model"
     with atomic_folder(whole) as draft:
-        model.model.save_pretrained(draft)
+        save_weights(model.model, draft, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(draft)
-    for path in sorted(whole.iterdir(), key=lambda path: path.name == "config.json"):
+    config = folder / "config.json"
+    config.unlink(missing_ok=True)
+    for old in weight_files(folder):
+        old.unlink()
+    for path in sorted(whole.iterdir(), key=lambda path: path.name == config.name):
         path.replace(folder / path.name)
     whole.rmdir()
+
+
+@contextmanager
+def common_folder(folder: Path, ranks: Ranks) -> Iterator[Path]:
+    """An `atomic_folder` that all processes write into: the main one makes it, and puts it in place when all are
+    done."""
+    if ranks.is_main:
+        with atomic_folder(folder) as draft:
+            ranks.barrier()
+            yield draft
+            ranks.barrier()
+    else:
+        ranks.barrier()
+        yield folder.with_name(f".{folder.name}.draft")
+        ranks.barrier()
+    ranks.barrier()
 
 
 def save_checkpoint(
@@ -95,23 +131,32 @@ def save_checkpoint(
     models: Mapping[str, Model],
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
+    ranks: Ranks = ALONE,
 ) -> None:
-    """Write a checkpoint: each model as a Hugging Face folder of its name, and `state.pt`."""
-    with atomic_folder(folder) as draft:
+    """Write a checkpoint: each model as a Hugging Face folder of its name (an adapter as one of peft), `state.pt`, and
+    the tensors of `state` in `tensors` (`tensors.py`), each process its part."""
+    with common_folder(folder, ranks) as draft:
         for name, model in models.items():
-            (draft / name).mkdir()
-            save_model(model, tokenizer, draft / name)
-        torch.save({**state, "torch_rng": torch.get_rng_state()}, draft / "state.pt")
+            (draft / name).mkdir(exist_ok=True)
+            if has_adapter(model):
+                if ranks.is_main:
+                    save_adapter(model, draft / name)
+            else:
+                save_model(model, tokenizer, draft / name, write=ranks.is_main)
+        small, tensors = take_out(state)
+        write_tensors(tensors, draft / "tensors", ranks)
+        if ranks.is_main:
+            torch.save({**small, "torch_rng": torch.get_rng_state()}, draft / "state.pt")
 
 
 def load_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save_checkpoint` got as `state`; restores torch's random state."""
+    """What `save_checkpoint` got as `state`, with a `Stored` for each tensor; restores torch's random state."""
     try:
         state = torch.load(checkpoint / "state.pt", map_location="cpu", weights_only=True)
         torch.set_rng_state(state["torch_rng"])
     except Exception as error:
         raise InputError(f"{checkpoint}/state.pt: not a readable checkpoint ({first_line(error)})") from None
-    return state
+    return put_back(state, checkpoint / "tensors")
 
 
 def _flush_to_disk(path: Path) -> None:

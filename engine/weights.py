@@ -1,0 +1,182 @@
+"""Weights between files and a device: read tensor by tensor with one file open at a time, written file by file.
+
+Host memory beyond the model itself stays within one file (shard) and the few tensors that are on their way.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .attention import ATTENTION
+from .errors import InputError
+from .stored import StoredWeights
+
+SHARD_SIZE = "5GB"
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def stored_bytes(folder: str | Path) -> int:
+    """Bytes of the weights in a model folder, from the headers of its files."""
+    return sum(entry.nbytes for entry in StoredWeights(folder).entries.values())
+
+
+class _Pending:
+    """A stored tensor in the shape of safetensors' slices: transformers reads it, with [...], when its turn comes."""
+
+    def __init__(self, stored: StoredWeights, name: str, device: torch.device, dtype: torch.dtype) -> None:
+        self.stored, self.name, self.device, self.dtype = stored, name, device, dtype
+
+    def __getitem__(self, index: Any) -> Tensor:
+        tensor = self.stored.read(self.name, index)
+        return _detached(tensor) if self.device.type == "cpu" and tensor.dtype == self.dtype else tensor
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    """A copy of what was read, where nothing else (another device, another precision) asks for one.
+
+    A view would keep the file mapped. And files hold tensors at any address, while the last bit of a product on a CPU
+    depends on the alignment.
+    """
+    return tensor.clone()
+
+
+def load_pretrained(auto: Any, folder: str | Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+    """`auto.from_pretrained`, straight onto `device` in `dtype`, with the files read by `StoredWeights`.
+
+    `options` go into the configuration. Parameters are in `dtype`; buffers (rotary frequencies) are as a new model has
+    them.
+
+    Raises:
+        InputError: files that are missing or broken, weights that are missing, weights of a wrong shape.
+    """
+    config = AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
+    stored = StoredWeights(folder)
+    # A class of transformers takes tensors in the place of a folder, its auto classes do not.
+    shell = empty_model(auto, config, dtype)
+    model, info = type(shell).from_pretrained(
+        None,
+        config=shell.config,
+        state_dict={name: _Pending(stored, name, device, dtype) for name in stored.entries},
+        dtype=dtype,
+        device_map=None if device.type == "cpu" else {"": device},
+        attn_implementation=ATTENTION,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # reported below
+    )
+    stored.close()
+    for name, found, expected in sorted(info["mismatched_keys"]):
+        raise InputError(_wrong_shape(stored, name, found, expected))
+    if missing := sorted(info["missing_keys"]):
+        raise InputError(_missing(stored, missing))
+    if device.type == "cpu":
+        for tensor in itertools.chain(model.parameters(), model.buffers()):
+            if tensor.dtype != dtype:  # kept in a precision of their own
+                tensor.data = _detached(tensor.data)
+    model.config.name_or_path = str(folder)
+    if model.can_generate():
+        model.generation_config = _generation_config(folder)
+    return model
+
+
+def _generation_config(folder: str | Path) -> GenerationConfig:
+    """As transformers finds it: older models have it in the model's configuration."""
+    if (Path(folder) / GENERATION_CONFIG_NAME).is_file():
+        return GenerationConfig.from_pretrained(str(folder), local_files_only=True)
+    return GenerationConfig.from_pretrained(str(folder), "config.json", _from_model_config=True, local_files_only=True)
+
+
+def _wrong_shape(stored: StoredWeights, name: str, found: Sequence[int], expected: Sequence[int]) -> str:
+    file = stored.entries[name].file if name in stored.entries else stored.folder
+    return f"{file}: {name} has the shape {list(found)}, expected {list(expected)}"
+
+
+def _missing(stored: StoredWeights, names: Sequence[str]) -> str:
+    return f"{stored.folder}: {len(names)} weights are missing from the files, the first is {names[0]}"
+
+
+def empty_model(auto: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A new model of a configuration: parameters on the meta device in `dtype`, buffers real, on the CPU."""
+    with init_empty_weights(include_buffers=False):
+        model = auto.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    model.tie_weights()
+    return model
+
+
+# In memory
+
+
+def copy_of(model: Module) -> Module:
+    """A model of its own with the same weights, on the same device, to be trained where `model` is frozen."""
+    return copy.deepcopy(model).requires_grad_(True)
+
+
+def cast(model: Module, device: torch.device, dtype: torch.dtype) -> Module:
+    """Move a model, its parameters in `dtype`. `model.to(dtype)` would round its buffers (rotary frequencies) too."""
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+# Out
+
+
+def save_weights(model: PreTrainedModel, folder: Path, *, max_shard_size: str = SHARD_SIZE, write: bool = True) -> None:
+    """Write configuration and safetensors that `from_pretrained` loads, file by file, tied weights once.
+
+    Weights that are sharded (DTensor) are gathered tensor by tensor: each process of the mesh has to call this, and
+    one of them writes (`write`).
+    """
+    weights = model.state_dict()
+    if not any(isinstance(weight, DTensor) for weight in weights.values()):
+        if write:
+            model.save_pretrained(folder, max_shard_size=max_shard_size)
+        return
+    if write:
+        model.save_pretrained(folder, state_dict={})  # all but the weights
+    _save_sharded(_without_ties(model), folder, max_shard_size, write)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights in a model folder: safetensors and their index."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, "model-*-of-*.safetensors")
+    return [path for name in names for path in folder.glob(name)]
+
+
+def _without_ties(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Stored tensors by name; of tied ones the first, which transformers keeps too."""
+    once: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        once.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(once.values())
+
+
+def _save_sharded(weights: Mapping[str, Tensor], folder: Path, max_shard_size: str, write: bool) -> None:
+    whole = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in weights.items()}
+    plan = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
+    for file, names in plan.filename_to_tensors.items():
+        shard = {}
+        for name in names:
+            tensor = weights[name]
+            tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if write:
+                shard[name] = tensor.cpu().contiguous()
+        if write:
+            save_file(shard, folder / file, {"format": "pt"})
+    if write and plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
