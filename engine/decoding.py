@@ -6,10 +6,12 @@ from dataclasses import fields
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ._kv import Step
 from .attention import Paged
+from .flash import KERNELS, check_fits
 from .kv_cache import KVCache, StepTensors
 from .models import CausalModel
 
@@ -27,11 +29,14 @@ class Decoder:
 
     With `graphs`, on CUDA, steps in which every sequence computes one token run as CUDA graphs, one for each of a few
     batch sizes: the batch is filled up to the next size with rows that write nothing. A graph holds the addresses of
-    weights and pools, so `forget` has to come before either moves.
+    weights and pools, so `forget` has to come before either moves. Updates of the weights in place need none.
+
+    `kernel`: what attends to the cache, as `flash.resolve_paged` names it; InputError where the policy does not fit it.
     """
 
-    def __init__(self, policy: CausalModel, cache: KVCache, *, graphs: bool) -> None:
-        self.policy, self.cache, self.uses_graphs = policy, cache, graphs
+    def __init__(self, policy: CausalModel, cache: KVCache, *, graphs: bool, kernel: str = "triton") -> None:
+        check_fits(kernel, policy.config)
+        self.policy, self.cache, self.uses_graphs, self.kernel = policy, cache, graphs, kernel
         self.graphs: dict[int, _Graph] = {}
         self.fixed = _fixed_inputs(cache) if graphs else None
         """What graphs read: the same memory for all of them"""
@@ -46,9 +51,11 @@ class Decoder:
         if self.fixed is not None and step.num_decodes == step.num_members:
             return self._replay(self.fixed, step.num_members)
         inputs = self.cache.inputs(step)
-        return self._forward(inputs)[inputs.sample_positions]
+        longest = int(self.cache.host.cu_seqlens[: step.num_members + 1].diff().max())
+        return self._forward(inputs, longest)[inputs.sample_positions]
 
-    def _forward(self, inputs: StepTensors) -> Tensor:
+    def _forward(self, inputs: StepTensors, longest: int = 1) -> Tensor:
+        ends = F.pad(inputs.seq_lens.cumsum(0, dtype=torch.int32), (1, 0)) if self.kernel in KERNELS else None
         attention = Paged(
             self.cache.k_pools,
             self.cache.v_pools,
@@ -57,6 +64,9 @@ class Decoder:
             inputs.cu_seqlens,
             inputs.slot_mapping,
             exact=self.policy.exact,
+            kernel=self.kernel,
+            cu_seqlens_k=ends,
+            longest=longest,
         )
         return self.policy.trunk(inputs.tokens, inputs.positions, attention)
 

@@ -33,6 +33,11 @@ def tiled_linear() -> Iterator[None]:
         _tiled = outer
 
 
+def is_tiled() -> bool:
+    """Whether the call is inside `tiled_linear`."""
+    return _tiled
+
+
 def speed_up(model: nn.Module) -> None:
     """Have the model's plain linear layers call `linear`. Parameters, names and results stay; on a GPU all does."""
     for module in model.modules():
@@ -50,6 +55,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         tiles = [F.linear(tile, weight, bias) for tile in pad_to_tiles(rows).split(TILE)]
         return torch.cat(tiles)[: rows.shape[0]].view(*x.shape[:-1], weight.shape[0])
+    if torch.compiler.is_compiling():  # one graph for any number of rows
+        return F.linear(x, weight, bias)
     rows_count = x.numel() // max(x.shape[-1], 1)
     if x.device.type != "cpu" or x.dtype != torch.float32 or weight.dtype != torch.float32 or rows_count < MIN_ROWS:
         return F.linear(x, weight, bias)
@@ -62,7 +69,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         out = matmul_t(x, weight)
-        return out if bias is None else out.add_(bias)
+        return out if bias is None else out + bias  # not in place: selective checkpointing keeps the product
 
     @staticmethod
     @once_differentiable

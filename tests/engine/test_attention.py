@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from ppomax.engine.attention import ATTENTION, Paged, Varlen, _attend
-from ppomax.engine.batch import PackedBatch, pack
+from ppomax.engine.attention import ATTENTION, Paged, Varlen, _attend, _one_by_one
+from ppomax.engine.batch import PackedBatch, cumulative, pack
 from ppomax.engine.kv_cache import KVCache
 from ppomax.engine.models import CausalModel
 from torch import Tensor
@@ -166,6 +166,27 @@ def test_paged_equals_packed(family: str, block_size: int, budget: int, new_poli
         # packed soft-capped weights are rounded to float32, as eager's are
         tolerance = 1e-6 if family == "gemma2" else 1e-9
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_operation_of_compiled_graphs(window: int | None, softcap: float | None) -> None:
+    """Equal to the calls one by one, gradients too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (
+        torch.randn(sum(LENGTHS), heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2, 4)
+    )
+    if softcap is not None:  # whose weights are rounded to float32 there, which gradients then pass through
+        q, k, v, g = (x.float() for x in (q, k, v, g))
+    inputs = tuple(x.requires_grad_() for x in (q, k, v))
+    options = (cumulative(LENGTHS, CPU), 0.3, window, softcap)
+    expected = Varlen(LENGTHS).attend(0, *inputs, scale=0.3, window=window, softcap=softcap)
+    ours = _one_by_one(*inputs, *options)
+    tolerance = 1e-12 if softcap is None else 1e-5
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+    for one, other in zip(torch.autograd.grad(ours, inputs, g), torch.autograd.grad(expected, inputs, g), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+    torch.library.opcheck(_one_by_one, (*inputs, *options))
 
 
 def call(**changes: Any) -> Any:

@@ -66,12 +66,16 @@ TABLE: dict[str, tuple[Any, Any, Any, Any]] = {
     "importance_clip": (None,) * 4,
     "samples_per_prompt": (1,) * 4,
     "extra_in_flight": (0,) * 4,
+    "lora.rank": (0,) * 4,
+    "lora.alpha": (32,) * 4,
+    "lora.rslora": (False,) * 4,
+    "lora.targets": (("all-linear",),) * 4,
 }
 # What says how a run is carried out, not which algorithm it is.
 EXECUTION = {
     "iterations", "micro_batch_tokens", "critic_pretrain_epochs", "critic_pretrain_tolerance", "ptx_batch_size",
     "held_out", "eval_every", "rollout.max_running", "rollout.prefill_tokens", "rollout.block_size",
-    "rollout.kv_memory", "rollout.kv_blocks", "rollout.sleep", "rollout.cuda_graphs",
+    "rollout.attention", "rollout.kv_memory", "rollout.kv_blocks", "rollout.sleep", "rollout.cuda_graphs",
     *(f"{model}_optim.{name}" for model in ("policy", "critic") for name in ("moments", "offload")),
 }  # fmt: skip
 
