@@ -96,6 +96,22 @@ class RuntimeConfig:
     """Weights and activations; `auto`: bfloat16 on a GPU, float32 on a CPU. Losses are always float32."""
     exact: bool = False
     """On a CPU: arithmetic in which log-probs recorded while sampling equal recomputed ones bit for bit; slow."""
+    attention: Literal["auto", "flash-attn", "torch", "sdpa"] = "auto"
+    """In training and scoring, of packed sequences: flash-attn's or torch's kernels for them (a GPU, bfloat16), or one
+    call a sequence. `auto`: the first of these that is there."""
+    deterministic: bool = False
+    """On a GPU: only algorithms that give the same bits each time. A CPU's always do."""
+    checkpointing: Literal["none", "selective", "layer"] = "none"
+    """What the backward pass computes again instead of keeping it: nothing; all but matrix products and attention; all
+    of a decoder layer but its input."""
+    compile: bool = False
+    """Training and scoring run decoder layers that torch.compile has made; sampling does not."""
+    liger: bool = False
+    """On a GPU: Liger's fused norms, rotary embedding and gated feed-forward (`pip install 'ppomax[liger]'`)."""
+    offload_frozen: bool = False
+    """On a GPU: reference and reward models wait in host memory and pass through the GPU layer by layer."""
+    shard_size: int | None = None
+    """Under torchrun: processes that share one copy of the weights, those of a machine, say; none: all of them."""
     seed: int = 0
     save_every: int = 100
     """Steps (PPO: iterations) between resumable checkpoints; there is one at the end in any case."""
@@ -105,9 +121,16 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", str(self.device)):
             raise _bad_value(self, "device", "'auto', 'cpu', 'cuda' or 'cuda:N'")
-        _require_choice(self, "dtype")
-        _require_choice(self, "exact")
+        for name in ("dtype", "exact", "attention", "deterministic", "checkpointing", "compile", "liger",
+                     "offload_frozen"):  # fmt: skip
+            _require_choice(self, name)
+        for name in ("compile", "liger"):
+            if self.exact and getattr(self, name):
+                raise _bad_value(self, name, "False with exact = True")
+        if self.compile and self.liger:
+            raise _bad_value(self, "liger", "False with compile = True, which fuses the same operations")
         _require(self, "seed", 0, 2**31 - 1)
+        _require(self, "shard_size", 1)
         _require(self, "save_every", 1)
         _require(self, "keep_checkpoints", 1)
 
@@ -126,11 +149,14 @@ class RolloutConfig:
     repetition_penalty: float = 1.1
     """CTRL rule, on response tokens only; 1: off."""
     max_running: int = 256
-    """Sequences decoded at the same time."""
+    """Sequences decoded at the same time, by each process."""
     prefill_tokens: int = 8192
     """Prompt tokens computed in one forward pass at most (one prompt always may)."""
     block_size: int = 16
     """Tokens per block of the KV cache."""
+    attention: Literal["auto", "triton", "torch", "flash-attn"] = "auto"
+    """On a GPU: over the KV cache by this package's kernel (`auto`), torch's or flash-attn's. The latter two take
+    blocks in multiples of 256 tokens."""
     kv_memory: float = 0.3
     """On a GPU: share of the memory that is free when the engine is made that the KV cache takes."""
     kv_blocks: int | None = None
@@ -150,8 +176,10 @@ class RolloutConfig:
             _require(self, name, 1)
         _require(self, "kv_memory", 0, 1, above=True)
         _require(self, "kv_blocks", 2)
-        for name in ("sleep", "cuda_graphs"):
+        for name in ("sleep", "cuda_graphs", "attention"):
             _require_choice(self, name)
+        if self.attention in ("torch", "flash-attn") and self.block_size % 256:
+            raise _bad_value(self, "block_size", f"a multiple of 256 with attention = {self.attention!r}")
         _require(self, "temperature", 0)
         _require(self, "top_p", 0, 1, above=True)
         _require(self, "top_k", 0)
@@ -177,6 +205,31 @@ class RewardConfig:
     def __post_init__(self) -> None:
         _require_choice(self, "transform")
         _require(self, "clip", 0, above=True)
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Policy and critic as low-rank adapters on one frozen base, which is the reference too (`lora.py`). Learning
+    rates of full training are too low for adapters: 1e-5 to 1e-4 is the usual range."""
+
+    rank: int = 0
+    """0: off, all weights are trained."""
+    alpha: int = 32
+    """The product of the two factors is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead: the step then depends little on the rank."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Linear layers that get an adapter, by the last part of their name (q_proj v_proj); all-linear: all of the
+    decoder. Never the LM head."""
+
+    def __post_init__(self) -> None:
+        _require(self, "rank", 0)
+        _require(self, "alpha", 1)
+        _require_choice(self, "rslora")
+        targets: Any = self.targets
+        names = isinstance(targets, (tuple, list)) and all(isinstance(name, str) and name for name in targets)
+        if not names or not targets or ("all-linear" in targets and len(targets) > 1):
+            raise _bad_value(self, "targets", "names of linear layers, or all-linear alone")
 
 
 @dataclass(frozen=True)
@@ -303,6 +356,7 @@ class PPOConfig:
 
     policy_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=5e-7, eps=1e-6))
     critic_optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1.65e-6, eps=1e-8))
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)

@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .batch import Prompt, Rollout, pack_rollouts, split_by_tokens
+from .batch import Prompt, Rollout, plan_minibatches
 from .config import EvalConfig
 from .data import OnBad, Paths, read_prompts, split_by_context
 from .measures import action_metrics
 from .models import CausalModel, Placement, check_same_tokenizer, check_vocabulary, load_policy, load_tokenizer
+from .parallel import ALONE, Ranks
 from .prompts import encode_prompts
 from .rewards import Reward, Source, make_reward
 from .rollout import RolloutEngine, random_seeds
+from .scoring import logprobs_of
 from .templates import Style, Template
 
 _SEED = 3
@@ -51,17 +54,23 @@ def answer_and_judge(
     *,
     micro_batch_tokens: int,
     seed: int,
+    ranks: Ranks = ALONE,
 ) -> Answers:
     """Sample one response to each prompt and score it. The same seed draws the same random numbers."""
-    rollouts = engine.generate([prompt.tokens for prompt in prompts], random_seeds(len(prompts), seed, _SEED))
-    groups = split_by_tokens([len(rollout.tokens) for rollout in rollouts], micro_batch_tokens)
-    batches = [pack_rollouts([rollouts[i] for i in group], reference.device) for group in groups]
+    seeds = random_seeds(len(prompts), seed, _SEED)
+    own = ranks.share([1] * len(prompts))
+    with ranks.gathered(engine.policy):
+        drawn = engine.generate([prompts[i].tokens for i in own], [seeds[i] for i in own])
+    rollouts = [rollout for _, rollout in sorted(ranks.gather(list(zip(own, drawn, strict=True))), key=itemgetter(0))]
+    (whole,) = plan_minibatches(
+        rollouts, len(rollouts), micro_batch_tokens, None, reference.device, rank=ranks.rank, processes=ranks.size
+    )
     return Answers(
         prompts=prompts,
         rollouts=rollouts,
         scores={name: judge(prompts, rollouts) for name, judge in judges.items()},
-        logprobs=torch.cat([engine.policy.logprobs(batch)[0] for batch in batches]),
-        ref_logprobs=torch.cat([reference.logprobs(batch)[0] for batch in batches]),
+        logprobs=logprobs_of(engine.policy, [whole], ranks=ranks)[0],
+        ref_logprobs=logprobs_of(reference, [whole], ranks=ranks)[0],
     )
 
 

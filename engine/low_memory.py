@@ -52,20 +52,6 @@ class MasterAdamW:
             hyper = Hyper(state["step"], lr, *config.betas, config.eps, config.weight_decay if decays(p) else 0.0)
             adamw_(p, p.grad, state, hyper, grad_scale=grad_scale)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"state": [dict(self.state.get(p, {})) for p in self.parameters]}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over the saved tensors: those on their parameter's device are not copied."""
-        saved = state["state"]
-        if len(saved) != len(self.parameters):
-            raise InputError(f"optimizer state: of {len(saved)} parameters, expected {len(self.parameters)}")
-        self.state = {
-            p: {name: x.to(p.device) if isinstance(x, Tensor) else x for name, x in entry.items()}
-            for p, entry in zip(self.parameters, saved, strict=True)
-            if entry
-        }
-
 
 class Offload:
     """Optimizer state that is on the GPU only for an update, and in pinned host memory else.

@@ -53,6 +53,16 @@ class RunLog:
             raise StorageError(self.path, first_line(error)) from error
 
 
+class NoLog:
+    """In place of a `RunLog` where another process writes it."""
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def pick(metrics: Mapping[str, float], names: Iterable[str]) -> dict[str, float]:
     """Those metrics of `names` that there are, by their names without the group."""
     return {name.split("/")[-1]: metrics[name] for name in names if name in metrics}

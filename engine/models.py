@@ -6,14 +6,17 @@ their head to chosen rows only, so no logits and no values of prompt tokens are 
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -24,13 +27,23 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from ..kernels.api import linear_logprobs
+from ..kernels.api import (
+    LinearPPOLoss,
+    ValueLoss,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_ppo_loss,
+    value_loss,
+)
 from .attention import ATTENTION, Attention, Varlen
 from .batch import PackedBatch
 from .config import RuntimeConfig
 from .errors import InputError, first_line
 from .exact import pad_to_tiles
+from .flash import check_fits, resolve_packed
+from .layers import LayerOptions, check_liger, prepare_layers
 from .linear import linear, speed_up, tiled_linear
+from .weights import load_pretrained
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -38,16 +51,23 @@ transformers_logging.set_verbosity_error()
 
 @dataclass(frozen=True)
 class Placement:
-    """Device and precision of a model."""
+    """Device and precision of a model, and what runs it; all as resolved, nothing is `auto`."""
 
     device: torch.device
     dtype: torch.dtype
     exact: bool = False
     """Arithmetic of `exact.py`."""
+    attention: str = "sdpa"
+    """Of packed sequences: flash-attn, torch or sdpa (`flash.py`)."""
+    deterministic: bool = False
+    layers: LayerOptions = field(default_factory=LayerOptions)
 
     @classmethod
     def of(cls, runtime: RuntimeConfig) -> Placement:
-        """Resolve `auto`; raise InputError where the device does not exist."""
+        """Resolve `auto`; raise InputError where the device does not exist, or what is asked for does not run on it.
+
+        With `runtime.deterministic` on a GPU, torch's switch for it is set, for the whole process.
+        """
         name = runtime.device
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -57,9 +77,27 @@ class Placement:
             raise InputError(f"RuntimeConfig.device = {runtime.device!r}: {str(error).splitlines()[0]}") from None
         if runtime.exact and device.type != "cpu":
             raise InputError(f"RuntimeConfig.exact = True is a mode of the CPU, and the device is {device}")
-        if runtime.dtype == "auto":
-            return cls(device, torch.float32 if device.type == "cpu" else torch.bfloat16, runtime.exact)
-        return cls(device, getattr(torch, runtime.dtype), runtime.exact)
+        default = torch.float32 if device.type == "cpu" else torch.bfloat16
+        dtype = default if runtime.dtype == "auto" else getattr(torch, runtime.dtype)
+        if runtime.liger:
+            check_liger(device)
+        if runtime.deterministic and device.type == "cuda":
+            _use_fixed_algorithms()
+        return cls(
+            device,
+            dtype,
+            runtime.exact,
+            resolve_packed(runtime.attention, device, dtype),
+            runtime.deterministic,
+            LayerOptions(runtime.checkpointing, runtime.compile, runtime.liger),
+        )
+
+
+def _use_fixed_algorithms() -> None:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
+    torch.use_deterministic_algorithms(True)
+    switches: Any = torch.utils.deterministic
+    switches.fill_uninitialized_memory = False  # nothing here reads what it has not written
 
 
 CPU = Placement(torch.device("cpu"), torch.float32)
@@ -69,13 +107,20 @@ class _Trunk(nn.Module):
     """The part that policy and critic share: the transformer under the head."""
 
     model: PreTrainedModel
+    entries: tuple[str, ...] = ()
+    """Methods that need the weights and may be called from outside while those are sharded (`parallel.py`); the first
+    takes a batch alone"""
 
-    def __init__(self, model: PreTrainedModel, *, exact: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, placement: Placement = CPU) -> None:
         super().__init__()
         # eval(): dropout anywhere would make old and new log-probs differ.
         self.model = model.eval()
-        self.exact = exact
+        self.placement, self.exact = placement, placement.exact
+        self.home: torch.device | None = None
+        """Where it computes, if its weights may wait elsewhere"""
         speed_up(model)
+        check_fits(placement.attention, model.config)
+        prepare_layers(model, placement.layers)
 
     @property
     def config(self) -> Any:
@@ -83,7 +128,7 @@ class _Trunk(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        return self.home or self.model.device
 
     def trunk(self, tokens: Tensor, positions: Tensor, attention: Attention) -> Tensor:
         """Last hidden states `[T, H]` of packed tokens `[T]` at positions `[T]`."""
@@ -100,11 +145,20 @@ class _Trunk(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """Last hidden states `[T, H]` of a packed batch."""
-        return self.trunk(batch.tokens, batch.positions, Varlen(batch.lengths, exact=self.exact))
+        return self.trunk(batch.tokens, batch.positions, self.packed(batch.lengths))
+
+    def packed(self, lengths: Sequence[int]) -> Varlen:
+        """How sequences of these lengths, packed, attend."""
+        place = self.placement
+        return Varlen(
+            lengths, exact=self.exact, kernel=place.attention, device=self.device, deterministic=place.deterministic
+        )
 
 
 class CausalModel(_Trunk):
     """A causal language model: policy, reference, or the trunk that SFT trains."""
+
+    entries = ("logprobs", "policy_loss", "cross_entropy")
 
     @property
     def head(self) -> dict[str, Any]:
@@ -132,9 +186,25 @@ class CausalModel(_Trunk):
         rows = self.hidden(batch).index_select(0, batch.rows)
         return linear_logprobs(rows, labels=batch.labels, temperature=temperature, **self.head)
 
+    def policy_loss(self, batch: PackedBatch, **options: Any) -> LinearPPOLoss:
+        """`linear_ppo_loss` of the batch's learned tokens; `options` are its own.
+
+        To a float32 gradient that the LM head has already its new one is added in the forward pass, without a second
+        tensor of that size: the loss then has to be used with an upstream gradient of 1.
+        """
+        head, rows = self.head, self.hidden(batch).index_select(0, batch.rows)
+        return linear_ppo_loss(rows, labels=batch.labels, weight_grad=_grown(head["weight"]), **options, **head)
+
+    def cross_entropy(self, batch: PackedBatch, normalizer: float) -> Tensor:
+        """The sum over the batch's learned tokens of -log p, divided by `normalizer`."""
+        rows = self.hidden(batch).index_select(0, batch.rows)
+        return linear_cross_entropy(rows, labels=batch.labels, normalizer=normalizer, **self.head).loss
+
 
 class ScalarModel(_Trunk):
     """A trunk with a bias-free scalar head: critic or reward model (a one-label sequence classifier)."""
+
+    entries = ("values", "scores", "value_loss")
 
     def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """float32 (float64 where the model is) scalars of the hidden states `[T, H]` at `rows`."""
@@ -146,9 +216,21 @@ class ScalarModel(_Trunk):
         hidden = self.hidden(batch)
         return self.read(hidden, batch.rows), self.read(hidden, batch.last)
 
+    def value_loss(self, batch: PackedBatch, old_values: Tensor, returns: Tensor, **options: Any) -> ValueLoss:
+        """`value_loss` of the states before each learned token; `options` are its own."""
+        return value_loss(self.read(self.hidden(batch), batch.rows), old_values, returns, **options)
+
     def scores(self, batch: PackedBatch) -> Tensor:
         """`[S]` scalars at each sequence's last token."""
         return self.read(self.hidden(batch), batch.last)
+
+
+def _grown(weight: Tensor) -> Tensor | None:
+    """The gradient that more can be added to in place: there, whole, and of a precision to add up in."""
+    grad = weight.grad
+    if grad is None or isinstance(grad, DTensor) or grad.dtype not in (torch.float32, torch.float64):
+        return None
+    return grad
 
 
 def _product(hidden: Tensor, weight: Tensor) -> Tensor:
@@ -173,7 +255,7 @@ def load_policy(folder: str | Path, placement: Placement = CPU) -> CausalModel:
     _check_folder(folder)
     if _is_classifier(folder):
         raise InputError(f"{folder}: holds a sequence classifier, expected a causal language model")
-    policy = CausalModel(_load(AutoModelForCausalLM, folder, placement), exact=placement.exact)
+    policy = CausalModel(_load(AutoModelForCausalLM, folder, placement), placement)
     _check_packing(policy, folder)
     return policy
 
@@ -191,7 +273,7 @@ def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarM
         held = f"a classifier with {labels} labels" if _is_classifier(folder) else "no scalar head"
         raise InputError(f"{folder}: holds {held}, expected a sequence classifier with one label (a reward model)")
     loaded = _load(AutoModelForSequenceClassification, folder, placement, num_labels=1)
-    model = ScalarModel(loaded, exact=placement.exact)
+    model = ScalarModel(loaded, placement)
     head = getattr(model.model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise InputError(f"{folder}: {type(model.model).__name__} has no bias-free linear head `score`, expected one")
@@ -204,7 +286,12 @@ def load_critic(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
     _check_folder(folder)
     if _is_classifier(folder):
         return load_reward_model(folder, placement)
-    return scalar_from_causal(load_policy(folder, placement), std=0.0)
+    return as_critic(load_policy(folder, placement))
+
+
+def as_critic(model: Model) -> ScalarModel:
+    """`model` where it is a scalar one, else a zero head on its trunk, which the two then share."""
+    return model if isinstance(model, ScalarModel) else scalar_from_causal(model, std=0.0)
 
 
 def scalar_from_causal(causal: CausalModel, std: float, generator: torch.Generator | None = None) -> ScalarModel:
@@ -215,11 +302,11 @@ def scalar_from_causal(causal: CausalModel, std: float, generator: torch.Generat
     base = causal.model.base_model
     setattr(shell, shell.base_model_prefix, base)
     weight = next(base.parameters())
-    head = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
-    with torch.no_grad():
-        head.weight.normal_(0, 1, generator=generator).mul_(std)
-    shell.score = head.to(device=weight.device, dtype=weight.dtype)
-    return ScalarModel(shell, exact=causal.exact)
+    width = config.get_text_config().hidden_size
+    head = torch.empty(1, width).normal_(0, 1, generator=generator).mul_(std)
+    shell.score = nn.Linear(width, 1, bias=False, device="meta")
+    shell.score.weight = nn.Parameter(head.to(weight))
+    return ScalarModel(shell, causal.placement)
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -251,26 +338,13 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: _Trunk, folder: 
         raise InputError(f"{folder}: the tokenizer has token id {largest}, but the model only ids below {size}")
 
 
-def _load(auto: Any, folder: str | Path, placement: Placement, **kwargs: Any) -> PreTrainedModel:
+def _load(auto: Any, folder: str | Path, placement: Placement, **options: Any) -> PreTrainedModel:
     try:
-        model, info = auto.from_pretrained(
-            str(folder),
-            dtype=placement.dtype,
-            attn_implementation=ATTENTION,
-            local_files_only=True,
-            output_loading_info=True,
-            **kwargs,
-        )
+        return load_pretrained(auto, folder, placement.device, placement.dtype, **options)
+    except InputError:
+        raise
     except Exception as error:
         raise InputError(f"{folder}: not a model that transformers can load ({first_line(error)})") from error
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise InputError(f"{folder}: {len(missing)} weights are missing from the files, the first is {missing[0]}")
-    if placement.device.type == "cpu":
-        # Weights mapped from a file start at any address, and the last bit of a product depends on the alignment.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.clone()
-    return model.to(placement.device)
 
 
 def _check_folder(folder: str | Path) -> None:
@@ -302,7 +376,7 @@ def _check_packing(model: Model, folder: str | Path) -> None:
     tokens %= model.model.get_input_embeddings().weight.shape[0]
     positions = torch.tensor([0, 1, 2, 0, 1], device=model.device)
     try:
-        one, other = (model.trunk(pack, positions, Varlen([3, 2], exact=model.exact))[3:] for pack in tokens)
+        one, other = (model.trunk(pack, positions, model.packed([3, 2]))[3:] for pack in tokens)
         ours = model.logits(one) if isinstance(model, CausalModel) else one
         theirs = _output_alone(model, tokens[0, 3:])
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .config import OptimConfig, ScheduleConfig
 from .errors import InputError
 from .low_memory import MasterAdamW, Offload, decays
+from .shards import as_part, as_whole, check_blocks, local_part, new_whole, over_processes
+from .tensors import Stored, read_tensors
 
 
 def lr_factor(schedule: ScheduleConfig, step: int, total: int) -> float:
@@ -41,8 +43,12 @@ class Optimizer:
 
     def __init__(self, model: nn.Module, config: OptimConfig, total_steps: int, grad_clip: float | None) -> None:
         self.config, self.total_steps, self.grad_clip = config, total_steps, grad_clip
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.adamw = _adamw(self.parameters, config)
+        self.parameters: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
+        self.parts = [local_part(p) for p in self.parameters]
+        """Of sharded parameters what this process has and updates, of others the parameters themselves"""
+        if config.moments == "8bit":
+            check_blocks(self.parameters)
+        self.adamw = _adamw(self.parts, config)
         device = self.parameters[0].device
         self.offload = Offload(self.adamw, device) if config.offload and device.type == "cuda" else None
         self.steps = 0
@@ -68,6 +74,8 @@ class Optimizer:
         """
         self.bring_in()
         lr = self.config.lr * lr_factor(self.config.schedule, self.steps, self.total_steps)
+        for part, p in zip(self.parts, self.parameters, strict=True):
+            part.grad = None if p.grad is None else local_part(p.grad)
         norm = _total_norm([p.grad for p in self.parameters if p.grad is not None])
         if torch.isfinite(norm):
             if self.offload:
@@ -75,7 +83,7 @@ class Optimizer:
             self._update(lr, norm)
         else:
             self.skipped += 1
-        for p in self.parameters:
+        for p in (*self.parameters, *self.parts):
             p.grad = None
         if self.offload:
             self.offload.send_out()
@@ -88,7 +96,7 @@ class Optimizer:
             self.adamw.step(lr, None if self.grad_clip is None else (self.grad_clip / (norm + 1e-6)).clamp(max=1.0))
             return
         if self.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.grad_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(self.parts, self.grad_clip, norm)
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.adamw.step()
@@ -96,20 +104,31 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         if self.offload:
             self.offload.synchronize()
-        return {"adamw": self.adamw.state_dict(), "form": self.form, "steps": self.steps, "skipped": self.skipped}
+        entries = [
+            {name: as_whole(x, p) if isinstance(x, Tensor) else x for name, x in self.adamw.state.get(part, {}).items()}
+            for part, p in zip(self.parts, self.parameters, strict=True)
+        ]
+        return {"adamw": entries, "form": self.form, "steps": self.steps, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`, whose tensors it takes over.
+        """Go on from `state`, whose tensors it takes over, or reads where they are `Stored`.
 
         Raises:
-            InputError: the state of another form.
+            InputError: the state of another form, or of another number of parameters.
         """
         saved = state.get("form", "float32 moments of float32 weights")  # the only one there was at first
         if saved != self.form:
             raise InputError(
                 f"optimizer state: saved with {saved}, expected {self.form} (OptimConfig.moments, RuntimeConfig.dtype)"
             )
-        self.adamw.load_state_dict(state["adamw"])
+        if len(state["adamw"]) != len(self.parameters):
+            raise InputError(f"optimizer state: of {len(state['adamw'])} parameters, expected {len(self.parameters)}")
+        stored: list[tuple[Stored, Tensor]] = []
+        self.adamw.state.clear()
+        for part, p, entry in zip(self.parts, self.parameters, state["adamw"], strict=True):
+            if entry:
+                self.adamw.state[part] = {name: _taken_over(x, p, stored) for name, x in entry.items()}
+        read_tensors(stored)
         if self.offload:
             self.offload.send_out()
         self.steps, self.skipped = state["steps"], state["skipped"]
@@ -125,7 +144,17 @@ def _adamw(parameters: Sequence[Tensor], config: OptimConfig) -> torch.optim.Ada
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def _total_norm(gradients: Iterable[Tensor]) -> Tensor:
+def _taken_over(x: Any, parameter: Tensor, stored: list[tuple[Stored, Tensor]]) -> Any:
+    """Saved state as the optimizer holds it; what is still to be read joins `stored`."""
+    if isinstance(x, Stored):
+        target = new_whole(x.shape, x.dtype, parameter)
+        stored.append((x, target))
+        x = target
+    return as_part(x, parameter) if isinstance(x, Tensor) else x
+
+
+def _total_norm(gradients: Sequence[Tensor]) -> Tensor:
     """Of all gradients as one vector, in at least float32: torch's own leaves that of bfloat16 ones in bfloat16."""
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    parts = [local_part(g) for g in gradients]
+    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in parts]
+    return over_processes(torch.linalg.vector_norm(torch.stack(norms)), gradients[0]) if norms else torch.zeros(())

@@ -7,27 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..kernels.api import (
-    ShapedGAE,
-    linear_ppo_loss,
-    merge_policy_stats,
-    merge_value_stats,
-    shaped_gae,
-    value_loss,
-)
-from .batch import MicroBatch, Prompt, Request, Rollout, cumulative, plan_minibatches
+from ..kernels.api import ShapedGAE, merge_policy_stats, merge_value_stats, shaped_gae
+from .batch import Minibatch, Prompt, Request, Rollout, cumulative, deal_requests, plan_minibatches, quotas
 from .config import PPOConfig
 from .data import ShuffledStream
+from .lora import has_adapter, sum_gradients
 from .measures import IterationMetrics, experience_metrics, sampler_gap
 from .models import CausalModel, ScalarModel
 from .optim import Optimizer
-from .rewards import Reward, RunningMoments, reparameterise
-from .rollout import RolloutEngine, random_seeds
+from .parallel import ALONE, Ranks, is_sharded
+from .rewards import ModelReward, Reward, RunningMoments, reparameterise
+from .rollout import RolloutEngine, RolloutStatistics, random_seeds
 from .scoring import Scored, score_rollouts
 from .sft import language_modelling_backward
 from .templates import Encoded
@@ -72,6 +68,7 @@ class PPO:
         stop_tokens: token ids that end a response.
         judge: a second reward that is measured and never optimised.
         decode: token ids to text; needed where `config.rollout.stop` holds texts.
+        ranks: the processes that train together; each calls all methods and gets the same results.
     """
 
     def __init__(
@@ -86,10 +83,20 @@ class PPO:
         ptx: Sequence[Encoded] = (),
         judge: Reward | None = None,
         decode: Callable[[list[int]], str] | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.config, self.reward, self.prompts, self.ptx, self.judge = config, reward, prompts, ptx, judge
-        self.policy, self.critic = policy, critic
+        self.policy, self.critic, self.ranks = policy, critic, ranks
         self.reference = reference.requires_grad_(False)
+        ranks.check_same("prompts", (prompt.tokens for prompt in prompts))
+        ranks.check_same("dialogues", (dialogue.tokens for dialogue in ptx))
+        if not has_adapter(policy):  # else the three share their weights, which each process has whole
+            for model in (policy, critic):
+                ranks.shard(model)
+            ranks.shard(reference, frozen=True)
+        for source in (reward, judge):
+            if isinstance(source, ModelReward):
+                ranks.shard(source.model, frozen=True)
         self.engine = RolloutEngine(policy, config.rollout, stop_tokens, config.max_prompt, decode=decode)
         steps, critic_steps = config.optimizer_steps, config.optimizer_steps + config.critic_pretrain_steps
         self.policy_optimizer = Optimizer(policy, config.policy_optim, steps, config.grad_clip)
@@ -119,7 +126,8 @@ class PPO:
                     metrics.add("critic", self.update_critic(minibatch, experience))
         self.batches += 1
         self.engine.weights_changed()
-        rollout_metrics = {**self._gap(experience), **self.engine.statistics.since(before).metrics()}
+        sampled = RolloutStatistics.together(self.ranks.gather([self.engine.statistics.since(before)]))
+        rollout_metrics = {**self._gap(experience), **sampled.metrics()}
         return {**experience_metrics(experience), **rollout_metrics, **metrics.result()}
 
     def _gap(self, experience: Experience) -> dict[str, float]:
@@ -159,24 +167,43 @@ class PPO:
         new = [(prompt, Request(prompt.tokens, seed)) for prompt, seed in zip(prompts, seeds, strict=True)]
         asked = [*self.under_way, *new]
         self.engine.forget()  # as that of a resumed run has: the bits must not tell them apart
-        finished, left = self.engine.collect([request for _, request in asked], config.rollouts_per_iteration)
+        finished, left = self._sample([request for _, request in asked])
         self.under_way = [(asked[index][0], request) for index, request in left]
         if config.rollout.sleep:
             self.engine.sleep()
         return [asked[index][0] for index, _ in finished], [rollout for _, rollout in finished]
 
-    def plan(self, rollouts: Sequence[Rollout], epoch: int) -> list[list[MicroBatch]]:
-        """Minibatches of micro-batches, shuffled anew for each batch and epoch."""
-        config = self.config
-        seed = [config.runtime.seed, _SHUFFLING, self.batches, epoch]
-        return plan_minibatches(rollouts, config.minibatch_size, config.micro_batch_tokens, seed, self.policy.device)
+    def _sample(self, requests: Sequence[Request]) -> tuple[list[tuple[int, Rollout]], list[tuple[int, Request]]]:
+        """`RolloutEngine.collect`, each process with its part of the requests."""
+        config, ranks = self.config, self.ranks
+        parts = deal_requests(requests, config.rollout.max_response, ranks.size)
+        own = parts[ranks.rank]
+        enough = quotas([len(part) for part in parts], config.rollouts_per_iteration)[ranks.rank]
+        with ranks.gathered(self.policy):
+            finished, left = self.engine.collect([requests[index] for index in own], enough)
+        if is_sharded(self.policy):
+            self.engine.decoder.forget()  # graphs hold addresses of weights, which are gone
+        return (
+            sorted(ranks.gather([(own[index], rollout) for index, rollout in finished]), key=itemgetter(0)),
+            sorted(ranks.gather([(own[index], request) for index, request in left]), key=itemgetter(0)),
+        )
 
-    def shape(self, prompts: list[Prompt], rollouts: list[Rollout], minibatches: list[list[MicroBatch]]) -> Experience:
+    def plan(self, rollouts: Sequence[Rollout], epoch: int) -> list[Minibatch]:
+        """Minibatches of micro-batches, shuffled anew for each batch and epoch."""
+        config, ranks = self.config, self.ranks
+        seed = [config.runtime.seed, _SHUFFLING, self.batches, epoch]
+        return plan_minibatches(
+            rollouts, config.minibatch_size, config.micro_batch_tokens, seed, self.policy.device,
+            rank=ranks.rank, processes=ranks.size,
+        )  # fmt: skip
+
+    def shape(self, prompts: list[Prompt], rollouts: list[Rollout], minibatches: list[Minibatch]) -> Experience:
         """Score the rollouts, transform the scores, add the KL penalty, estimate advantages and returns."""
         config, device = self.config, self.policy.device
         recorded = torch.cat([rollout.logprobs for rollout in rollouts]).to(device)
         policy = recorded if config.old_logprobs == "recorded" else self.policy
-        scored = score_rollouts(minibatches, policy, self.reference, self.critic, config.logprob_temperature)
+        models = (policy, self.reference, self.critic)
+        scored = score_rollouts(minibatches, *models, config.logprob_temperature, self.ranks)
         scores = self.reward(prompts, rollouts)
         shaped_scores = reparameterise(scores, self.moments, config.reward)
         cut_off = torch.tensor([not rollout.finished for rollout in rollouts], device=device)
@@ -221,20 +248,18 @@ class PPO:
         bound = self.config.advantage_clip
         return advantages if bound is None else advantages.clamp(-bound, bound)
 
-    def update_policy(self, minibatch: Sequence[MicroBatch], experience: Experience) -> StepMetrics:
+    def update_policy(self, minibatch: Minibatch, experience: Experience) -> StepMetrics:
         """One optimizer step of the policy: clipped surrogate over the minibatch, plus PPO-ptx."""
         self.policy_optimizer.bring_in()
         config, weights = self.config, experience.importance_weights
         base_logprobs = experience.old_logprobs
         if config.ratio_base == "reference":
             base_logprobs = experience.scored.ref_logprobs
-        tokens = sum(micro.batch.num_rows for micro in minibatch)
         losses, stats, gaps = [], [], []
         for micro in minibatch:
             old_logprobs = base_logprobs[micro.places]
-            result = linear_ppo_loss(
-                self.policy.hidden(micro.batch).index_select(0, micro.batch.rows),
-                labels=micro.batch.labels,
+            result = self.policy.policy_loss(
+                micro.batch,
                 old_logprobs=old_logprobs,
                 advantages=experience.advantages[micro.places],
                 clip_eps=config.clip_eps,
@@ -243,19 +268,19 @@ class PPO:
                 entropy_coef=config.entropy_coef,
                 entropy_bound=config.entropy_bound,
                 temperature=config.logprob_temperature,
-                normalizer=tokens,
-                **self.policy.head,
+                normalizer=minibatch.rows,
             )
             result.loss.backward()
             losses.append(result.loss.detach())
             stats.append(result.stats)
-            gaps.append((result.logprobs - old_logprobs).abs())
+            gaps.append(_gap_of(result.logprobs, old_logprobs))
         ptx = {"ptx_loss": self._ptx_backward()} if config.ptx_coef else {}
+        sum_gradients(self.policy, self.ranks)
         return {
-            "loss": torch.stack(losses).sum(),
-            **_summary("logratio", torch.cat(gaps)),
+            "loss": self.ranks.sum(torch.stack(losses).sum()),
+            **_summary("logratio", self.ranks.gather_stats(gaps)),
             **ptx,
-            **merge_policy_stats(stats)._asdict(),
+            **merge_policy_stats(self.ranks.gather_stats(stats))._asdict(),
             **self.policy_optimizer.step(),
         }
 
@@ -264,27 +289,29 @@ class PPO:
         config = self.config
         assert self.ptx_stream is not None, "ptx_coef > 0 needs dialogues"
         dialogues = [self.ptx[index] for index in self.ptx_stream.take(config.ptx_batch_size)]
-        return language_modelling_backward(self.policy, dialogues, config.micro_batch_tokens, config.ptx_coef)
+        return language_modelling_backward(
+            self.policy, dialogues, config.micro_batch_tokens, config.ptx_coef, self.ranks
+        )
 
-    def update_critic(self, minibatch: Sequence[MicroBatch], experience: Experience) -> StepMetrics:
+    def update_critic(self, minibatch: Minibatch, experience: Experience) -> StepMetrics:
         """One optimizer step of the critic: clipped value loss over the minibatch."""
         self.critic_optimizer.bring_in()
-        tokens = sum(micro.batch.num_rows for micro in minibatch)
         losses, stats = [], []
         for micro in minibatch:
-            result = value_loss(
-                self.critic.read(self.critic.hidden(micro.batch), micro.batch.rows),
+            result = self.critic.value_loss(
+                micro.batch,
                 experience.scored.values[micro.places],
                 experience.shaped.returns[micro.places],
                 clip_eps=self.config.value_clip,
-                normalizer=tokens,
+                normalizer=minibatch.rows,
             )
             result.loss.backward()
             losses.append(result.loss.detach())
             stats.append(result.stats)
-        merged = merge_value_stats(stats)
+        sum_gradients(self.critic, self.ranks)
+        merged = merge_value_stats(self.ranks.gather_stats(stats))
         return {
-            "loss": torch.stack(losses).sum(),
+            "loss": self.ranks.sum(torch.stack(losses).sum()),
             "clipfrac": merged.clipfrac,
             "explained_variance": merged.explained_variance,
             **self.critic_optimizer.step(),
@@ -315,6 +342,24 @@ class PPO:
             self.ptx_stream.position = state["ptx_position"]
 
 
-def _summary(name: str, gap: Tensor) -> dict[str, Tensor]:
-    """Mean and largest of a gap `[n]` in nats, and the share above 1e-3."""
-    return {f"{name}_mean": gap.mean(), f"{name}_max": gap.max(), f"{name}_share": (gap > 1e-3).float().mean()}
+class _Gap(NamedTuple):
+    """Of the distances between two log-probs of n tokens, nats."""
+
+    total: Tensor
+    largest: Tensor
+    above: Tensor
+    """How many are above 1e-3"""
+    tokens: Tensor
+
+
+def _gap_of(logprobs: Tensor, others: Tensor) -> _Gap:
+    gap = (logprobs - others).abs()
+    largest = gap.max() if gap.numel() else gap.new_zeros(())
+    return _Gap(gap.sum(), largest, (gap > 1e-3).sum(dtype=gap.dtype), gap.new_tensor(gap.numel()))
+
+
+def _summary(name: str, gaps: Sequence[_Gap]) -> dict[str, Tensor]:
+    """Mean and largest of all tokens' gaps, and the share above 1e-3."""
+    total, largest, above, tokens = (torch.stack(parts) for parts in zip(*gaps, strict=True))
+    count = tokens.sum()
+    return {f"{name}_mean": total.sum() / count, f"{name}_max": largest.max(), f"{name}_share": above.sum() / count}

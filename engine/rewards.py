@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .batch import Prompt, Rollout, pack_rollouts, split_by_tokens
+from .batch import Prompt, Rollout, pack_rollouts
 from .config import RewardConfig
 from .errors import InputError, first_line
 from .models import (
@@ -24,6 +24,7 @@ from .models import (
     load_reward_model,
     load_tokenizer,
 )
+from .parallel import ALONE, Ranks
 from .templates import Template
 
 RewardFunction = Callable[[list[list[dict[str, str]]], list[str]], Sequence[float]]
@@ -116,7 +117,7 @@ def reparameterise(scores: Tensor, moments: RunningMoments, config: RewardConfig
 
 
 class Reward(Protocol):
-    """Scores one iteration's rollouts."""
+    """Scores one iteration's rollouts. Each process scores a part of them and gets the scores of all."""
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Tensor:
         """`[S]` float32 on the CPU."""
@@ -125,25 +126,34 @@ class Reward(Protocol):
 class ModelReward:
     """The reward model's scalar at each response's last token."""
 
-    def __init__(self, model: ScalarModel, micro_batch_tokens: int) -> None:
-        self.model, self.micro_batch_tokens = model.requires_grad_(False), micro_batch_tokens
+    def __init__(self, model: ScalarModel, micro_batch_tokens: int, ranks: Ranks = ALONE) -> None:
+        self.model, self.micro_batch_tokens, self.ranks = model.requires_grad_(False), micro_batch_tokens, ranks
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Tensor:
-        groups = split_by_tokens([len(r.tokens) for r in rollouts], self.micro_batch_tokens)
+        groups = self.ranks.micro_batches([len(r.tokens) for r in rollouts], self.micro_batch_tokens)
         batches = (pack_rollouts([rollouts[i] for i in group], self.model.device) for group in groups)
-        return torch.cat([self.model.scores(batch) for batch in batches]).cpu()
+        own = torch.cat([self.model.scores(batch) for batch in batches])
+        scores = own.new_zeros(len(rollouts))
+        scores[torch.tensor([i for group in groups for i in group], dtype=torch.int64)] = own
+        return self.ranks.sum(scores).cpu()
 
 
 class FunctionReward:
     """A Python function over texts."""
 
-    def __init__(self, function: RewardFunction, template: Template) -> None:
-        self.function, self.template = function, template
+    def __init__(self, function: RewardFunction, template: Template, ranks: Ranks = ALONE) -> None:
+        self.function, self.template, self.ranks = function, template, ranks
 
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Tensor:
-        texts = [self.template.decode(rollout.response) for rollout in rollouts]
-        return call_reward(self.function, [prompt.messages for prompt in prompts], texts)
+        own = self.ranks.share([1] * len(rollouts))
+
+        def score() -> list[tuple[int, float]]:
+            texts = [self.template.decode(rollouts[i].response) for i in own]
+            scores = call_reward(self.function, [prompts[i].messages for i in own], texts) if own else torch.empty(0)
+            return list(zip(own, scores.tolist(), strict=True))
+
+        return torch.tensor([score for _, score in sorted(self.ranks.gather_from(score))], dtype=torch.float32)
 
 
 def is_function(source: Source) -> bool:
@@ -151,13 +161,15 @@ def is_function(source: Source) -> bool:
     return callable(source) or (not Path(source).exists() and ":" in str(source))
 
 
-def make_reward(source: Source, template: Template, placement: Placement, micro_batch_tokens: int) -> Reward:
+def make_reward(
+    source: Source, template: Template, placement: Placement, micro_batch_tokens: int, ranks: Ranks = ALONE
+) -> Reward:
     """The reward that `source` names. Raises InputError where a reward model's tokenizer is not the template's."""
     if is_function(source):
         function = source if callable(source) else load_function(str(source))
-        return FunctionReward(function, template)
+        return FunctionReward(function, template, ranks)
     folder = str(source)
     model = load_reward_model(folder, placement)
     check_same_tokenizer(template.tokenizer, load_tokenizer(folder), f"the policy and the reward model in {folder}")
     check_vocabulary(template.tokenizer, model, folder)
-    return ModelReward(model, micro_batch_tokens)
+    return ModelReward(model, micro_batch_tokens, ranks)

@@ -24,6 +24,7 @@ from .batch import Request, Rollout
 from .config import RolloutConfig
 from .decoding import Decoder
 from .errors import InputError
+from .flash import resolve_paged
 from .kv_cache import KVCache
 from .models import CausalModel
 
@@ -46,6 +47,12 @@ class RolloutStatistics:
 
     def since(self, before: RolloutStatistics) -> RolloutStatistics:
         return RolloutStatistics(**{name: now - getattr(before, name) for name, now in vars(self).items()})
+
+    @classmethod
+    def together(cls, parts: Sequence[RolloutStatistics]) -> RolloutStatistics:
+        """Of engines that ran at the same time: counts add up, the slowest one's time is that of all."""
+        counts = {name: sum(getattr(part, name) for part in parts) for name in vars(parts[0])}
+        return cls(**{**counts, "seconds": max(part.seconds for part in parts)})
 
     def metrics(self) -> dict[str, float]:
         """Speed of sampling, share of prompt tokens that were not computed, counts."""
@@ -134,6 +141,8 @@ class RolloutEngine:
         self.policy, self.config, self.max_prompt, self.decode = policy, config, max_prompt, decode
         self.device = policy.device
         self.stop_ids = frozenset(stop_tokens)
+        self.kernel = resolve_paged(config.attention, self.device, policy.model.dtype)
+        """What attends to the cache"""
         on_gpu = self.device.type == "cuda"
         self.cache = KVCache.for_model(
             policy.config,
@@ -147,7 +156,7 @@ class RolloutEngine:
             max_prefill_tokens=config.prefill_tokens,
             stop_tokens=stop_tokens,
         )
-        self.decoder = Decoder(policy, self.cache, graphs=config.cuda_graphs and on_gpu)
+        self.decoder = Decoder(policy, self.cache, graphs=config.cuda_graphs and on_gpu, kernel=self.kernel)
         self.drawn = _Drawn(2 * config.max_running, config.max_response, self.device)
         self.under_way: dict[int, _UnderWay] = {}
         """By the manager's id of the sequence"""

@@ -2,7 +2,7 @@
 
 RUN/run.toml                    command, inputs and the resolved configuration
 RUN/metrics.jsonl, tensorboard/ what was measured
-RUN/checkpoints/step-000100/    models as Hugging Face folders beside state.pt; all that a run needs to go on
+RUN/checkpoints/step-000100/    models as Hugging Face folders, state.pt, tensors/: all that a run needs to go on
 RUN/config.json, ...            the finished model, so that RUN itself is a model folder
 """
 
@@ -21,7 +21,9 @@ from transformers import PreTrainedTokenizerBase
 from .checkpoint import atomic_file, save_checkpoint
 from .config import Config, from_dict, to_dict
 from .errors import InputError
+from .metrics import NoLog, RunLog
 from .models import Model
+from .parallel import ALONE, Ranks
 
 try:
     import tomllib
@@ -33,34 +35,45 @@ Inputs = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A folder that one run owns."""
+    """A folder that one run owns. Its processes all see it; the main one writes, checkpoints apart."""
 
     path: Path
+    ranks: Ranks = ALONE
 
     @classmethod
     def create(
-        cls, path: str | Path, command: str, inputs: Inputs, config: Any, *, overwrite: bool = False
+        cls,
+        path: str | Path,
+        command: str,
+        inputs: Inputs,
+        config: Any,
+        *,
+        overwrite: bool = False,
+        ranks: Ranks = ALONE,
     ) -> RunFolder:
         """Claim `path` for a new run and write its run.toml: command, inputs, resolved configuration.
 
         Raises InputError where the folder already holds a run (unless `overwrite`) or anything else.
         """
-        run = cls(Path(path))
-        if run.record_file.exists():
+        run = cls(Path(path), ranks)
+        record = {"command": command, "version": version(), "inputs": inputs, "config": to_dict(config)}
+        ranks.on_main(lambda: run._claim(record, overwrite=overwrite))
+        return run
+
+    def _claim(self, record: dict[str, Any], *, overwrite: bool) -> None:
+        if self.record_file.exists():
             if not overwrite:
                 raise InputError(
-                    f"{path} already holds a run: continue it with --resume {path}, replace it with --overwrite, "
-                    "or choose another --out"
+                    f"{self.path} already holds a run: continue it with --resume {self.path}, replace it with "
+                    "--overwrite, or choose another --out"
                 )
-            run._check_deletable(inputs)
-            shutil.rmtree(run.path)
-        elif run.path.is_file() or (run.path.is_dir() and any(run.path.iterdir())):
-            raise InputError(f"{path} is not empty and holds no run: choose another --out")
-        run.path.mkdir(parents=True, exist_ok=True)
-        record = {"command": command, "version": version(), "inputs": inputs, "config": to_dict(config)}
-        with atomic_file(run.record_file) as draft:
+            self._check_deletable(record["inputs"])
+            shutil.rmtree(self.path)
+        elif self.path.is_file() or (self.path.is_dir() and any(self.path.iterdir())):
+            raise InputError(f"{self.path} is not empty and holds no run: choose another --out")
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.record_file) as draft:
             draft.write_text(tomli_w.dumps(record), encoding="utf-8")
-        return run
 
     def _check_deletable(self, inputs: Inputs) -> None:
         """Raise InputError where the new run needs a file or model that stands in this folder."""
@@ -102,8 +115,12 @@ class RunFolder:
     def remove_if_unused(self) -> None:
         """Delete the folder where the run came to nothing: no record, no checkpoint."""
         metrics = self.path / "metrics.jsonl"
-        if not self.checkpoints and not (metrics.exists() and metrics.stat().st_size):
+        if self.ranks.is_main and not self.checkpoints and not (metrics.exists() and metrics.stat().st_size):
             shutil.rmtree(self.path)
+
+    def log(self, stage: str, *, after: int) -> RunLog | NoLog:
+        """Where a stage's metrics go that continues from step `after`."""
+        return RunLog(self.path, stage, after=after) if self.ranks.is_main else NoLog()
 
     @property
     def checkpoints(self) -> list[Path]:
@@ -126,8 +143,8 @@ class RunFolder:
     ) -> None:
         """Write `checkpoints/step-NNNNNN` whole or not at all, then drop all but the newest `keep`."""
         folder = self.path / "checkpoints" / f"step-{step:06d}"
-        save_checkpoint(folder, models, tokenizer, {**state, "step": step})
-        for old in self.checkpoints[:-keep]:
+        save_checkpoint(folder, models, tokenizer, {**state, "step": step}, self.ranks)
+        for old in self.checkpoints[:-keep] if self.ranks.is_main else []:
             shutil.rmtree(old)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..kernels.api import linear_cross_entropy
-from .batch import pack, split_by_tokens
+from .batch import pack
 from .builtin import is_builtin, new_model, train_tokenizer
 from .checkpoint import load_state, save_model
 from .config import SFTConfig
 from .data import Dialogue, OnBad, ShuffledStream, read_dialogues, split_by_context
 from .models import CausalModel, Model, Placement, check_vocabulary, load_policy, load_tokenizer
 from .optim import Optimizer
+from .parallel import ALONE, Ranks
 from .runs import Inputs, RunFolder
 from .supervised import train
 from .templates import Encoded, Style, Template, encode_all
@@ -42,10 +43,11 @@ def train_sft(
     inputs: Inputs = {
         "model": str(model), "data": [str(path) for path in data], "template": template, "on_bad": on_bad
     }  # fmt: skip
+    ranks = Ranks.of(config.runtime)
     dialogues = read_dialogues(inputs["data"], inputs["on_bad"])
     policy, tokenizer = _starting_point(config, inputs, dialogues)
-    trainee = _SFT(config, policy, tokenizer, template, on_bad, dialogues)
-    run = RunFolder.create(out, "sft", inputs, config, overwrite=overwrite)
+    trainee = _SFT(config, policy, tokenizer, template, on_bad, dialogues, ranks)
+    run = RunFolder.create(out, "sft", inputs, config, overwrite=overwrite, ranks=ranks)
     return _finish(run, trainee, start=0)
 
 
@@ -54,11 +56,13 @@ def resume_sft(folder: str | Path) -> Path:
     run = RunFolder.open(folder)
     inputs, config = run.inputs("sft"), run.config(SFTConfig)
     checkpoint = run.latest_checkpoint()
+    run = replace(run, ranks=Ranks.of(config.runtime))
     policy = load_policy(checkpoint / "policy", Placement.of(config.runtime))
     dialogues = read_dialogues(inputs["data"], inputs["on_bad"])
     trainee = _SFT(
-        config, policy, load_tokenizer(checkpoint / "policy"), inputs["template"], inputs["on_bad"], dialogues
-    )
+        config, policy, load_tokenizer(checkpoint / "policy"), inputs["template"], inputs["on_bad"], dialogues,
+        run.ranks,
+    )  # fmt: skip
     state = load_state(checkpoint)
     trainee.load_state_dict(state)
     return _finish(run, trainee, start=state["step"])
@@ -66,7 +70,7 @@ def resume_sft(folder: str | Path) -> Path:
 
 def _finish(run: RunFolder, trainee: _SFT, start: int) -> Path:
     train(run, trainee, trainee.config.runtime, start=start)
-    save_model(trainee.policy, trainee.tokenizer, run.path)
+    save_model(trainee.policy, trainee.tokenizer, run.path, write=run.ranks.is_main)
     return run.path
 
 
@@ -99,8 +103,9 @@ class _SFT:
         template: Style,
         on_bad: OnBad,
         dialogues: Sequence[Dialogue],
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.config, self.policy, self.tokenizer = config, policy, tokenizer
+        self.config, self.policy, self.tokenizer, self.ranks = config, policy, tokenizer, ranks
         encode = partial(Template(tokenizer, template).encode_dialogue, limit=config.max_sequence)
         seen, held_out = split_by_context(dialogues, config.held_out, config.runtime.seed)
         self.dialogues = encode_all(encode, seen, on_bad)
@@ -109,6 +114,8 @@ class _SFT:
         steps = config.epochs * math.ceil(len(self.dialogues) / config.batch_size)
         self.total_steps = min(steps, config.max_steps or steps)
         self.eval_every = config.eval_every
+        ranks.check_same("dialogues", (dialogue.tokens for dialogue in self.dialogues))
+        ranks.shard(policy)
         self.optimizer = Optimizer(policy, config.optim, self.total_steps, config.grad_clip)
 
     @property
@@ -117,7 +124,7 @@ class _SFT:
 
     def step(self) -> dict[str, float]:
         dialogues = [self.dialogues[index] for index in self.stream.take(self.config.batch_size)]
-        loss = language_modelling_backward(self.policy, dialogues, self.config.micro_batch_tokens)
+        loss = language_modelling_backward(self.policy, dialogues, self.config.micro_batch_tokens, ranks=self.ranks)
         step = self.optimizer.step()
         return {"sft/loss": float(loss), **{f"sft/{name}": float(value) for name, value in step.items()}}
 
@@ -125,8 +132,8 @@ class _SFT:
         if not self.held_out:
             return {}
         with torch.no_grad():
-            parts = language_modelling_losses(self.policy, self.held_out, self.config.micro_batch_tokens)
-            loss = float(sum(parts))
+            parts = language_modelling_losses(self.policy, self.held_out, self.config.micro_batch_tokens, self.ranks)
+            loss = float(self.ranks.sum(torch.stack(list(parts)).sum()))
         return {"sft/held_out_loss": loss, "sft/held_out_ppl": math.exp(min(loss, 700.0))}
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,22 +145,26 @@ class _SFT:
 
 
 def language_modelling_losses(
-    model: CausalModel, dialogues: Sequence[Encoded], micro_batch_tokens: int
+    model: CausalModel, dialogues: Sequence[Encoded], micro_batch_tokens: int, ranks: Ranks = ALONE
 ) -> Iterator[Tensor]:
-    """Micro-batch by micro-batch, the parts whose sum is the mean CE of all learned tokens, nats per token."""
+    """Micro-batch by micro-batch, the parts whose sum, over all processes, is the mean CE of all learned tokens, nats
+    per token."""
     total = sum(sum(dialogue.mask) for dialogue in dialogues)
-    for group in split_by_tokens([len(dialogue.tokens) for dialogue in dialogues], micro_batch_tokens):
+    for group in ranks.micro_batches([len(dialogue.tokens) for dialogue in dialogues], micro_batch_tokens):
         batch = pack([dialogues[i].tokens for i in group], [dialogues[i].mask for i in group], model.device)
-        hidden = model.hidden(batch).index_select(0, batch.rows)
-        yield linear_cross_entropy(hidden, labels=batch.labels, normalizer=total, **model.head).loss
+        yield model.cross_entropy(batch, total)
 
 
 def language_modelling_backward(
-    model: CausalModel, dialogues: Sequence[Encoded], micro_batch_tokens: int, coef: float = 1.0
+    model: CausalModel,
+    dialogues: Sequence[Encoded],
+    micro_batch_tokens: int,
+    coef: float = 1.0,
+    ranks: Ranks = ALONE,
 ) -> Tensor:
     """Add the gradient of `coef` * mean CE over the dialogues' learned tokens; returns the CE, nats per token."""
     parts = []
-    for loss in language_modelling_losses(model, dialogues, micro_batch_tokens):
+    for loss in language_modelling_losses(model, dialogues, micro_batch_tokens, ranks):
         (coef * loss).backward()
         parts.append(loss.detach())
-    return torch.stack(parts).sum()
+    return ranks.sum(torch.stack(parts).sum())

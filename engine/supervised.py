@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from .config import RuntimeConfig
-from .metrics import RunLog, StageProgress, console, pick
+from .metrics import StageProgress, console, pick
 from .models import Model
 from .runs import RunFolder
 
@@ -41,7 +41,7 @@ class Trainee(Protocol):
 
 def train(run: RunFolder, trainee: Trainee, runtime: RuntimeConfig, *, start: int = 0) -> None:
     """Train from step `start` to the end."""
-    log = RunLog(run.path, trainee.name, after=start)
+    log = run.log(trainee.name, after=start)
     held_out: dict[str, float] = {}
     shown: dict[str, float] = {}
     try:

@@ -2,35 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .batch import Prompt
-from .checkpoint import load_state, save_model
+from .checkpoint import atomic_folder, load_state, save_model
 from .config import PPOConfig
 from .data import OnBad, Paths, read_dialogues, read_prompts, split_by_context
 from .errors import InputError
 from .evaluation import answer_and_judge
-from .metrics import RunLog, StageProgress, pick
+from .lora import adapt, check_lora, has_adapter, merged, save_adapter
+from .metrics import StageProgress, pick
 from .models import (
     Model,
     Placement,
     ScalarModel,
+    as_critic,
     check_same_tokenizer,
     check_vocabulary,
     load_critic,
     load_policy,
     load_tokenizer,
 )
+from .parallel import Ranks
 from .ppo import PPO
 from .prompts import encode_prompts
-from .rewards import RewardFunction, Source, is_function, make_reward
+from .rewards import ModelReward, Reward, RewardFunction, Source, is_function, make_reward
+from .run_plan import RunPlan
 from .runs import Inputs, RunFolder
 from .templates import Encoded, Style, Template, encode_all
+from .weights import copy_of
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,8 @@ SHOWN = {
 class PPOTrainer:
     """Iterate over it to train: each item is one finished iteration (those of critic pre-training come first).
 
+    Under torchrun each process makes one and iterates; steps are equal on all, one process writes.
+
     Args:
         config: `preset("ppo-max")` and the like.
         policy: Hugging Face folder; also the frozen reference.
@@ -60,7 +67,7 @@ class PPOTrainer:
             list of chat messages.
         prompts: file or files to sample responses for.
         critic: folder to start the critic from; default: the reward model, or the policy's trunk with a zero head
-            where the reward is a function.
+            where the reward is a function, and always so with `config.lora`.
         ptx: files of dialogues for PPO-ptx; needed where `config.ptx_coef` > 0.
         eval_prompts: files of held-out prompts, answered every `config.eval_every` iterations.
         judge: a second reward that is measured beside the first and never optimised.
@@ -98,7 +105,8 @@ class PPOTrainer:
             "on_bad": on_bad,
         }
         self._build(config, inputs, reward=reward, judge=judge)
-        self.run = RunFolder.create(out, "ppo", inputs, config, overwrite=overwrite) if out else None
+        create = partial(RunFolder.create, command="ppo", inputs=inputs, config=config, overwrite=overwrite)
+        self.run = create(out, ranks=self.ranks) if out else None
 
     @classmethod
     def resume(
@@ -118,7 +126,7 @@ class PPOTrainer:
         state = load_state(checkpoint)
         trainer.ppo.load_state_dict(state["ppo"])
         trainer.iteration, trainer.critic_ready = state["step"], True
-        trainer.run = run
+        trainer.run = replace(run, ranks=trainer.ranks)
         return trainer
 
     def _build(
@@ -126,31 +134,40 @@ class PPOTrainer:
     ) -> None:
         self.config, self.inputs = config, inputs
         self.iteration, self.critic_ready = 0, config.critic_pretrain_iterations == 0
+        self.ranks = Ranks.of(config.runtime)
         placement = Placement.of(config.runtime)
         self.tokenizer = load_tokenizer(inputs["policy"])
         self.template = Template(self.tokenizer, inputs["template"])
         prompts, self.eval_prompts = self._read_prompts()
-        policy = load_policy(checkpoint / "policy" if checkpoint else inputs["policy"], placement)
-        check_vocabulary(self.tokenizer, policy, inputs["policy"])
+        lora = config.lora.rank > 0
+        if lora:
+            check_lora(config.lora, inputs["critic"])
+        base = load_policy(inputs["policy"], placement)
+        check_vocabulary(self.tokenizer, base, inputs["policy"])
         if config.eval_every and not self.eval_prompts:
             raise InputError("PPOConfig.eval_every > 0 needs held-out prompts: set held_out, or give files of them")
+        frozen: dict[Path, Model] = {Path(inputs["policy"]).resolve(): base}
         sources = {"score": reward, **({"judge": judge} if judge else {})}
-        self.judges = {
-            name: make_reward(source, self.template, placement, config.micro_batch_tokens)
-            for name, source in sources.items()
-        }
-        critic = checkpoint / "critic" if checkpoint else _critic_folder(inputs, reward)
+        self.judges = self._make_judges(sources, placement, frozen)
+        if lora:
+            policy, reference, critic = adapt(base, config.lora, config.runtime.seed, checkpoint)
+        else:
+            reference = base
+            policy = load_policy(checkpoint / "policy", placement) if checkpoint else copy_of(base)
+            folder = checkpoint / "critic" if checkpoint else _critic_folder(inputs, reward)
+            critic = self._make_critic(folder, placement, frozen)
         self.ppo = PPO(
             config,
             policy=policy,
-            reference=load_policy(inputs["policy"], placement),
-            critic=self._load_critic(critic, placement),
+            reference=reference,
+            critic=critic,
             reward=self.judges["score"],
             judge=self.judges.get("judge"),
             prompts=prompts,
             stop_tokens=self.template.eos_token_ids,
             ptx=self._ptx_dialogues(),
             decode=self.tokenizer.decode,
+            ranks=self.ranks,
         )
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
@@ -164,8 +181,25 @@ class PPOTrainer:
         encode = partial(encode_prompts, self.template, limit=config.max_prompt, on_bad=inputs["on_bad"])
         return encode(seen), encode(held_out)
 
-    def _load_critic(self, folder: str | Path, placement: Placement) -> ScalarModel:
-        critic = load_critic(folder, placement)
+    def _make_judges(
+        self, sources: Mapping[str, Source], placement: Placement, frozen: dict[Path, Model]
+    ) -> dict[str, Reward]:
+        """A reward for each name; those from one folder are one. Enters their models in `frozen`."""
+        made: dict[object, Reward] = {}
+        for source in sources.values():
+            if _key(source) in made:
+                continue
+            made[_key(source)] = judge = make_reward(
+                source, self.template, placement, self.config.micro_batch_tokens, self.ranks
+            )
+            if isinstance(judge, ModelReward):
+                frozen[Path(str(source)).resolve()] = judge.model
+        return {name: made[_key(source)] for name, source in sources.items()}
+
+    def _make_critic(self, folder: str | Path, placement: Placement, frozen: Mapping[Path, Model]) -> ScalarModel:
+        """The critic in `folder`: where a frozen model came from there, a copy of it in memory, not a second read."""
+        loaded = frozen.get(Path(folder).resolve())
+        critic = load_critic(folder, placement) if loaded is None else copy_of(as_critic(loaded))
         check_same_tokenizer(self.tokenizer, load_tokenizer(folder), f"the policy and the critic in {folder}")
         check_vocabulary(self.tokenizer, critic, folder)
         return critic
@@ -194,6 +228,8 @@ class PPOTrainer:
             ("critic", self._pretrain(), f"{name} critic", 0, config.critic_pretrain_iterations, "batch"),
             ("ppo", self._iterate(), name, self.iteration, config.iterations, "iteration"),
         )
+        planned = RunPlan(self.ppo, name)
+        planned.show()
         for stage, steps, title, done, total, unit in stages:
             if stage == "critic" and self.critic_ready:
                 continue
@@ -201,6 +237,8 @@ class PPOTrainer:
                 self.ppo.engine.watch = self._watcher(progress)
                 for step in self._recorded(stage, steps):
                     progress.update(step.number, **pick(step.metrics, SHOWN[stage]))
+                    planned.add(step.metrics)
+        planned.compare()
         if self.run is not None:
             self.save(self.run.path)
 
@@ -239,7 +277,7 @@ class PPOTrainer:
             return
         done = self.ppo.batches if stage == "critic" else self.iteration
         try:
-            with closing(RunLog(self.run.path, stage, after=done)) as log:
+            with closing(self.run.log(stage, after=done)) as log:
                 for step in steps:
                     log.write(step.number, step.metrics)
                     if stage == "ppo":
@@ -258,6 +296,7 @@ class PPOTrainer:
             self.judges,
             micro_batch_tokens=self.config.micro_batch_tokens,
             seed=self.config.runtime.seed,
+            ranks=self.ranks,
         )
         return {f"eval/{name}": value for name, value in answers.summary().items()}
 
@@ -274,11 +313,25 @@ class PPOTrainer:
         self.run.save_checkpoint(self.iteration, models, self.tokenizer, state, keep)
 
     def save(self, folder: str | Path) -> None:
-        """Write the policy as a Hugging Face folder, and the critic beside it in `folder/critic`."""
+        """Write the policy as a Hugging Face folder, and the critic beside it in `folder/critic`.
+
+        With LoRA both are merged; what was trained is in `folder/adapter` and `folder/critic/adapter`, for peft.
+        """
         folder = Path(folder)
-        (folder / "critic").mkdir(parents=True, exist_ok=True)
-        save_model(self.ppo.critic, self.tokenizer, folder / "critic")
-        save_model(self.ppo.policy, self.tokenizer, folder)
+        models: list[tuple[Model, Path]] = [(self.ppo.critic, folder / "critic"), (self.ppo.policy, folder)]
+        for model, place in models:
+            place.mkdir(parents=True, exist_ok=True)
+            if not has_adapter(model):
+                save_model(model, self.tokenizer, place, write=self.ranks.is_main)
+            elif self.ranks.is_main:
+                with atomic_folder(place / "adapter") as draft:
+                    save_adapter(model, draft)
+                save_model(merged(model), self.tokenizer, place)
+
+
+def _key(source: Source) -> object:
+    """The same for what names the same reward."""
+    return id(source) if callable(source) else source if is_function(source) else Path(source).resolve()
 
 
 def _critic_folder(inputs: Inputs, reward: Source) -> str:

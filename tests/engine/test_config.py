@@ -10,6 +10,7 @@ import tomli_w
 from ppomax.engine.config import (
     EvalConfig,
     GenerateConfig,
+    LoRAConfig,
     OptimConfig,
     PPOConfig,
     RewardConfig,
@@ -49,10 +50,22 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
     RuntimeConfig: {
         "device": ("'auto', 'cpu', 'cuda' or 'cuda:N'", ("tpu", "cuda:", "cuda:-1", "meta", "", None)),
         "dtype": ("one of 'auto', 'float32', 'bfloat16'", ("float16", "int8", None)),
-        "exact": (FLAG, ("yes", None)),
+        **dict.fromkeys(("exact", "deterministic", "compile", "liger", "offload_frozen"), (FLAG, ("yes", None))),
+        "attention": ("one of 'auto', 'flash-attn', 'torch', 'sdpa'", ("flash", None)),
+        "checkpointing": ("one of 'none', 'selective', 'layer'", ("full", True, None)),
         "seed": ("a whole number >= 0 and <= 2.14748e+09", (-1, 2**31, 0.5)),
+        "shard_size": (FROM_1, NOT_POSITIVE),
         "save_every": (FROM_1, NOT_POSITIVE),
         "keep_checkpoints": (FROM_1, NOT_POSITIVE),
+    },
+    LoRAConfig: {
+        "rank": (WHOLE_FROM_0, NEGATIVE),
+        "alpha": (FROM_1, NOT_POSITIVE),
+        "rslora": (FLAG, ("yes", None)),
+        "targets": (
+            "names of linear layers, or all-linear alone",
+            ((), ("",), "q_proj", ("all-linear", "q_proj"), None),
+        ),
     },
     RolloutConfig: {
         "max_response": (FROM_1, NOT_POSITIVE),
@@ -67,6 +80,7 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
         "kv_blocks": ("a whole number >= 2", (1, 0)),
         "sleep": (FLAG, ("yes", None)),
         "cuda_graphs": (FLAG, ("yes", None)),
+        "attention": ("one of 'auto', 'triton', 'torch', 'flash-attn'", ("sdpa", None)),
         "stop": ("texts, none empty", (("",), ("a", 3), "a", None)),
     },
     RewardConfig: {
@@ -126,7 +140,7 @@ OPTIONAL = {
     (SFTConfig, "max_steps"), (SFTConfig, "grad_clip"), (RewardModelConfig, "batch_size"), (RewardConfig, "clip"),
     (RewardModelConfig, "grad_clip"),
     *((PPOConfig, name) for name in ("importance_clip", "value_clip", "dual_clip", "entropy_bound", "advantage_clip")),
-    (PPOConfig, "grad_clip"), (RolloutConfig, "kv_blocks"),
+    (PPOConfig, "grad_clip"), (RolloutConfig, "kv_blocks"), (RuntimeConfig, "shard_size"),
 }  # fmt: skip
 FIELDS = [(cls, name) for cls, fields in RANGES.items() for name in fields]
 fields = pytest.mark.parametrize(("cls", "name"), FIELDS, ids=[f"{cls.__name__}.{name}" for cls, name in FIELDS])

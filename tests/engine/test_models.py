@@ -262,7 +262,7 @@ def test_a_classifier_without_its_head(reward_folder: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("file", "content", "match"),
     [
-        ("model.safetensors", "no weights", "not a model that transformers can load"),
+        ("model.safetensors", "no weights", "model.safetensors: not a whole safetensors file"),
         ("config.json", "{", "config.json: "),
         ("config.json", '{"model_type": "unheard-of"}', "config.json: "),
     ],
