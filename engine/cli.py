@@ -1,4 +1,4 @@
-"""The command line: `ppomax demo | sft | rm | ppo | eval | generate | report`.
+"""The command line: `ppomax demo | sft | rm | ppo | eval | generate | plan | report | export`.
 
 A thin edge: each command is a dataclass whose fields are its flags and whose `run` calls the engine. Bad input ends in
 one line on the standard error and exit code 2.
@@ -128,7 +128,8 @@ class PPO:
     """Run folder: the finished policy and critic, metrics, checkpoints."""
     config: Annotated[PPOConfig, tyro.conf.arg(name="")]
     critic: Path | None = None
-    """Folder to start the critic from. Default: the reward model, else the policy's trunk with a zero head."""
+    """Folder to start the critic from. Default: the reward model, else (and with LoRA) the policy's trunk with a zero
+    head."""
     ptx_data: tuple[Path, ...] = ()
     """Files of dialogues for PPO-ptx; needed unless --ptx-coef 0."""
     eval_data: tuple[Path, ...] = ()
@@ -242,12 +243,69 @@ class Report:
         print(self.out)
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a PPO run will take before it starts: memory by phase, batches, FLOPs, time; what to change if it does not
+    fit."""
+
+    model: str
+    """Hugging Face folder of the policy (its config.json is enough), or 7b-shape."""
+    config: Annotated[PPOConfig, tyro.conf.arg(name="")]
+    gpu: str = "h200"
+    """h200, h100-80, a100-80, a100-40, b200, l40s, rtx-4090, or cpu."""
+    gpus: int = 1
+    """How many of them; one process each."""
+    reward: str | None = None
+    """Reward-model folder, or `function`. Default: a reward model of the policy's shape."""
+    critic: Path | None = None
+    """Folder to start the critic from. Default: as in a run."""
+    prompt_tokens: int | None = None
+    """Of every sequence; --max-sequence follows. Default: what that allows."""
+    response_tokens: int | None = None
+    """Of every sequence; --rollout.max-response follows. Default: that."""
+    json: Path | None = None
+    """Write the plan to this file too."""
+
+    def run(self) -> None:
+        from .plan import plan_command
+
+        plan_command(
+            self.config, self.model, self.gpu, gpus=self.gpus, reward=self.reward,
+            critic=None if self.critic is None else str(self.critic), prompt_tokens=self.prompt_tokens,
+            response_tokens=self.response_tokens, out=self.json,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Export:
+    """Copy one model out of a run's checkpoint, as a Hugging Face folder (an adapter as one of peft)."""
+
+    folder: tyro.conf.Positional[Path]
+    """Run folder."""
+    out: Path
+    """New folder for the model."""
+    model: str = ""
+    """Its name in the checkpoint (critic, say). Default: the policy, or of a reward-model run the reward model."""
+    step: int | None = None
+    """Of the checkpoint. Default: the newest."""
+
+    def run(self) -> None:
+        from .export import export
+
+        print(f"{export(self.folder, self.out, self.model, self.step)} -> {self.out}")
+
+
 COMMANDS: dict[str, Any] = {
-    "demo": Demo, "sft": SFT, "rm": RewardModel, "ppo": PPO, "eval": Eval, "generate": Generate, "report": Report
+    "demo": Demo, "sft": SFT, "rm": RewardModel, "ppo": PPO, "eval": Eval, "generate": Generate, "plan": Plan,
+    "report": Report, "export": Export,
 }  # fmt: skip
 CONFIGS: dict[str, Any] = {
-    "sft": SFTConfig, "rm": RewardModelConfig, "ppo": PPOConfig, "eval": EvalConfig, "generate": GenerateConfig
+    "sft": SFTConfig, "rm": RewardModelConfig, "ppo": PPOConfig, "eval": EvalConfig, "generate": GenerateConfig,
+    "plan": PPOConfig,
 }  # fmt: skip
+
+
+_SEVERAL = ("sft", "rm", "ppo")  # commands that several processes share
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -275,6 +333,8 @@ def _dispatch(arguments: list[str]) -> None:
         print(f"ppomax {version()}")
     elif command not in COMMANDS:
         raise InputError(f"unknown command {command!r}; expected one of {', '.join(COMMANDS)}")
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1 and command not in _SEVERAL:
+        raise InputError(f"ppomax {command} runs in one process; torchrun is for {', '.join(_SEVERAL)}")
     elif (folder := _take(rest, "--resume")) is not None:
         _resume(command, folder, rest)
     else:
@@ -301,7 +361,7 @@ def _parse(command: str, rest: list[str]) -> Any:
     if command not in CONFIGS:
         return _from_flags(command, rest)
     extra = "--config FILE: defaults from the [config] table of a run.toml."
-    if command == "ppo":
+    if CONFIGS[command] is PPOConfig:
         extra += f" --preset {{{','.join(PRESETS)}}}: defaults from a preset of 7B settings."
     config = _base_config(command, rest)
     fields = cls.__dataclass_fields__.values()
@@ -352,13 +412,13 @@ def _default(field: Any) -> Any:
 
 
 def _base_config(command: str, rest: list[str]) -> Any:
-    file, name = _take(rest, "--config"), _take(rest, "--preset") if command == "ppo" else None
+    file, name = _take(rest, "--config"), _take(rest, "--preset") if CONFIGS[command] is PPOConfig else None
     if file is not None and name is not None:
         raise InputError("--config and --preset both set all defaults: give one of them")
     if file is not None:
         table = read_toml(file)
         return from_dict(CONFIGS[command], table.get("config", table), file)
-    return preset(name or "ppo-max") if command == "ppo" else CONFIGS[command]()
+    return preset(name or "ppo-max") if CONFIGS[command] is PPOConfig else CONFIGS[command]()
 
 
 def _take(arguments: list[str], flag: str) -> str | None:
@@ -377,7 +437,9 @@ def _take(arguments: list[str], flag: str) -> str | None:
 
 
 def _complain(message: str) -> int:
-    print(f"ppomax: error: {' '.join(message.split())}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))
+    where = f" (process {rank})" if rank else ""
+    print(f"ppomax: error{where}: {' '.join(message.split())}", file=sys.stderr)
     return 2
 
 

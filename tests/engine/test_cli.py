@@ -17,7 +17,7 @@ from ppomax.engine.presets import preset
 from ppomax.engine.runs import RunFolder, version
 from transformers import AutoModelForCausalLM
 
-COMMANDS = ["demo", "sft", "rm", "ppo", "eval", "generate", "report"]
+COMMANDS = ["demo", "sft", "rm", "ppo", "eval", "generate", "plan", "report", "export"]
 NO_EXTRAS = {
     "judge": None, "ptx_data": None, "eval_data": None, "ptx_coef": 0, "eval_every": 0, "critic_pretrain_iterations": 0,
 }  # fmt: skip
@@ -31,10 +31,16 @@ def test_help(command: str, ppomax: Callable) -> None:
     outcome = ppomax(command, "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.startswith(f"usage: ppomax {command} ")
-    for flag in {"demo": ["--compare", "--seed"], "report": ["--out"]}.get(command, ["--data", "--runtime.seed"]):
+    own = {
+        "demo": ["--compare", "--seed"],
+        "report": ["--out"],
+        "export": ["--out", "--model", "--step"],
+        "plan": ["--gpu", "--gpus", "--runtime.seed"],
+    }
+    for flag in own.get(command, ["--data", "--runtime.seed"]):
         assert flag in outcome.out
-    assert ("--config FILE" in outcome.out) == (command not in ("demo", "report"))
-    assert ("--preset {ppo-max,moss-en,moss-zh,vanilla}" in outcome.out) == (command == "ppo")
+    assert ("--config FILE" in outcome.out) == (command == "plan" or command not in own)
+    assert ("--preset {ppo-max,moss-en,moss-zh,vanilla}" in outcome.out) == (command in ("ppo", "plan"))
 
 
 def test_help_shows_the_defaults_of_the_preset(ppomax: Callable) -> None:
@@ -122,7 +128,7 @@ def test_a_run_can_be_repeated_from_its_record(
 
 PPO = ("ppo", *PPO_FLAGS)
 FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
-    "command": (("train",), "unknown command 'train'; expected one of demo, sft, rm, ppo, eval, generate, report"),
+    "command": (("train",), "unknown command 'train'; expected one of demo, sft, rm, ppo, eval, generate, plan"),
     "missing": (("sft",), "Missing from ppomax sft: --data [PATH [PATH ...]] --out PATH (see ppomax sft --help)"),
     "unknown": (
         ("sft", "--data", "d", "--out", "o", "--epoch", "3"),
@@ -350,8 +356,8 @@ MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
         ": holds a sequence classifier, expected a causal language model",
     ),
     "no language model": (lambda folder: set_config(folder, model_type="vit"), ": not a model that transformers can"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ": not a model that transformers can load"),
-    "cut weights": (cut_weights, ": not a model that transformers can load ("),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), ": holds neither model.safetensors nor "),
+    "cut weights": (cut_weights, "/model.safetensors: not a whole safetensors file ("),
     "other weights": (
         lambda folder: set_config(folder, num_hidden_layers=3),
         ": 9 weights are missing from the files, the first is model.layers.2.",
@@ -604,7 +610,7 @@ SPOILT_RUNS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "cut weights": (
         lambda run: cut_weights(run / "checkpoints/step-000002/policy"),
-        "/checkpoints/step-000002/policy: not a model that transformers can load (",
+        "/checkpoints/step-000002/policy/model.safetensors: not a whole safetensors file (",
     ),
     "broken figures": (
         lambda run: (run / "metrics.jsonl").write_text("half\n{}\n"),
@@ -625,17 +631,19 @@ def test_runs_that_cannot_be_resumed(case: str, finished: Path, ppomax: Callable
 # A full disk
 
 
+@pytest.mark.parametrize("part", ["state", "tensors"])
 def test_a_full_disk_while_a_checkpoint_is_written(
-    tmp_path: Path, ppomax: Callable, arguments: Callable, files_in: Callable, monkeypatch: pytest.MonkeyPatch
+    part: str, tmp_path: Path, ppomax: Callable, arguments: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, saved = tmp_path / "run", []
     save = cli.sys.modules["torch"].save
 
-    def fill(*arguments: Any) -> None:
-        saved.append(arguments)
-        if len(saved) == 2:
+    def fill(content: Any, place: Any) -> None:
+        second = isinstance(place, Path) and saved  # of the checkpoints; others are places inside a file of tensors
+        if second if part == "state" else saved and not isinstance(place, Path):
             raise OSError(28, "No space left on device")
-        save(*arguments)
+        saved.extend([place] * isinstance(place, Path))
+        save(content, place)
 
     monkeypatch.setattr("ppomax.engine.checkpoint.torch.save", fill)
     outcome = ppomax(*arguments("ppo", run, **NO_EXTRAS))
@@ -690,7 +698,7 @@ def test_files_that_grow_too_large_in_a_process_of_its_own(
     assert "File too large" in last
     assert all(text.startswith("sft ") for text in progress)
     assert files_in(run / "checkpoints") == before
-    assert {name.split("/")[1] for name in before} == {"policy", "state.pt"}
+    assert {name.split("/")[1] for name in before} == {"policy", "state.pt", "tensors"}
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
     monkeypatch.undo()
     assert ppomax("sft", "--resume", run).code == 0
