@@ -14,12 +14,12 @@ by waiting.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import records
 import torch
 from environment import environment
 from ppomax.engine._kv import KVCacheManager, Step
@@ -71,7 +71,8 @@ class Load:
         self.manager.check_integrity()
 
 
-def measure(sequences: int, steps: int) -> dict[str, Any]:
+def measure(sequences: int, steps: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """(figures, milliseconds of each step by its kind)."""
     load = Load(sequences)
     load.warm_up()
     times: dict[str, list[tuple[float, float]]] = {"decode": [], "decode, cold": [], "with prefill": []}
@@ -89,11 +90,16 @@ def measure(sequences: int, steps: int) -> dict[str, Any]:
     assert after.evictions - before.evictions > 2 * steps, "each step should evict"
     assert copies > 2 * steps / EVERY, "new samples should copy"
     counts = {"decodes": decodes, "evictions": after.evictions - before.evictions, "copies": copies, "ended": ended}
-    return {
+    figures = {
         "sequences": sequences,
         "microseconds": {name: quantiles(values) for name, values in times.items()},
         "per_step": {name: round(count / (2 * steps), 2) for name, count in counts.items()},
     }
+    return figures, {name: [elapsed / 1e3 for elapsed, _ in values] for name, values in times.items()}
+
+
+def title(sequences: int, kind: str) -> str:
+    return f"KV manager, {kind}, {sequences} sequences"
 
 
 def quantiles(values: list[tuple[float, float]]) -> dict[str, float]:
@@ -108,7 +114,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results = [measure(sequences, arguments.steps) for sequences in SIZES]
+    measured = {sequences: measure(sequences, arguments.steps) for sequences in SIZES}
+    results = [figures for figures, _ in measured.values()]
     table = Table("sequences", "steps", "", "median", "p99", "CPU median", "CPU p99", title="µs per step")
     for result in results:
         for name, figures in result["microseconds"].items():
@@ -118,12 +125,16 @@ def main() -> None:
     for result in results:
         print(result["sequences"], "sequences, per step:", result["per_step"])
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         load = {"block_size": BLOCK_SIZE, "samples": SAMPLES, "prompts": [SHORTEST_PROMPT, LONGEST_PROMPT],
                 "responses": [SHORTEST, LONGEST], "blocks_per_sequence": BLOCKS_PER_SEQUENCE,
                 "prompts_every": EVERY}  # fmt: skip
-        content = {"load": load, "results": results, "environment": environment()}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+        samples = {
+            title(sequences, kind): {"ppomax": records.thinned(times)}
+            for sequences, (_, kinds) in measured.items()
+            for kind, times in kinds.items()
+        }
+        records.write(arguments.json, {"load": load, "results": results, "environment": environment(),
+                                       "samples_ms": samples})  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Tokens per second of the rollout engine against Hugging Face `generate`: same model, same prompts, same lengths.
 
-    python bench/bench_rollout.py [--device cpu] [--rounds 3] [--json bench/results/rollout_cpu.json]
+    python bench/bench_rollout.py [--device cpu] [--rounds 3] [--prompts 256] [--json bench/results/rollout_cpu.json]
 
 Each response has its own length, drawn once from a log-normal distribution (median 48, sigma 1) between 8 and 512:
 a scripted end, the same in both. `generate` takes the prompts in batches of as many rows as the engine has slots,
@@ -10,7 +10,6 @@ padded on the left; a batch lasts until its longest row is done. Rounds alternat
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import records
 import torch
 from environment import environment
 from ppomax.engine.attention import ATTENTION
@@ -51,11 +51,11 @@ class ScriptedEnd(LogitsProcessor):
         return scores
 
 
-def draw_work(seed: int = 0) -> tuple[list[list[int]], list[int]]:
+def draw_work(count: int, seed: int = 0) -> tuple[list[list[int]], list[int]]:
     """Prompts of 16 to 64 tokens, and the length of each response."""
     generator = np.random.default_rng(seed)
-    prompts = [generator.integers(2, 4096, generator.integers(16, 65)).tolist() for _ in range(PROMPTS)]
-    lengths = np.clip(np.exp(generator.normal(np.log(48), 1.0, PROMPTS)), SHORTEST, LONGEST)
+    prompts = [generator.integers(2, 4096, generator.integers(16, 65)).tolist() for _ in range(count)]
+    lengths = np.clip(np.exp(generator.normal(np.log(48), 1.0, count)), SHORTEST, LONGEST)
     return prompts, [int(length) for length in lengths]
 
 
@@ -93,9 +93,13 @@ def hugging_face(model: LlamaForCausalLM, prompts: list[list[int]], lengths: lis
 
     def run() -> int:
         model.set_attn_implementation("sdpa")
-        return sum(batch(start) for start in range(0, PROMPTS, SLOTS))
+        return sum(batch(start) for start in range(0, len(prompts), SLOTS))
 
     return run
+
+
+def title(prompts: int) -> str:
+    return f"rollouts, {prompts} prompts, {SLOTS} slots"
 
 
 def timed(function: Callable[[], int], device: torch.device) -> tuple[float, int]:
@@ -106,11 +110,12 @@ def timed(function: Callable[[], int], device: torch.device) -> tuple[float, int
     return time.perf_counter() - started, tokens
 
 
-def measure(device: torch.device, rounds: int) -> dict[str, Any]:
+def measure(device: torch.device, rounds: int, count: int = PROMPTS) -> dict[str, Any]:
+    """Raises AssertionError where one of the two does not draw what the script says."""
     torch.manual_seed(0)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).to(device, dtype).eval()
-    prompts, lengths = draw_work()
+    prompts, lengths = draw_work(count)
     runs = {"ppomax": ours(model, prompts, lengths), "transformers": hugging_face(model, prompts, lengths)}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
@@ -120,7 +125,7 @@ def measure(device: torch.device, rounds: int) -> dict[str, Any]:
             seconds[name].append(elapsed)
     ratios = [theirs / mine for mine, theirs in zip(seconds["ppomax"], seconds["transformers"], strict=True)]
     return {
-        "prompts": PROMPTS, "slots": SLOTS, "tokens": sum(lengths), "longest": max(lengths), "model": SHAPE,
+        "prompts": count, "slots": SLOTS, "tokens": sum(lengths), "longest": max(lengths), "model": SHAPE,
         "seconds": seconds, "tokens_per_second": {k: sum(lengths) / median(v) for k, v in seconds.items()},
         "speedup": median(ratios), "environment": environment(),
     }  # fmt: skip
@@ -130,18 +135,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--prompts", type=int, default=PROMPTS)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if arguments.device == "cpu":
         torch.set_num_threads(1)
-    result = measure(torch.device(arguments.device), arguments.rounds)
-    table = Table("", "tokens/s", "seconds of each round", title=f"{PROMPTS} prompts, {SLOTS} slots")
+    result = measure(torch.device(arguments.device), arguments.rounds, arguments.prompts)
+    table = Table("", "tokens/s", "seconds of each round", title=f"{arguments.prompts} prompts, {SLOTS} slots")
     for name, rate in result["tokens_per_second"].items():
         table.add_row(name, f"{rate:,.0f}", " ".join(f"{s:.1f}" for s in result["seconds"][name]))
     Console().print(table)
     print(f"ppomax is {result['speedup']:.2f} times as fast (median over rounds)")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        samples = {name: [1e3 * seconds for seconds in times] for name, times in result["seconds"].items()}
+        records.write(arguments.json, result | {"samples_ms": {title(arguments.prompts): samples}})
 
 
 if __name__ == "__main__":

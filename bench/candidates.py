@@ -62,7 +62,7 @@ CANDIDATES: dict[str, list[Config]] = {
     "sample_groups": _grid(
         GROUP=(64, 128, 256), BLOCK_G=(16, 32, 64, 128), BLOCK_L=(256,), num_warps=(4, 8), num_stages=(1,)
     ),
-    "sample_draw": _grid(BLOCK_S=(16, 32, 64), CAPACITY=(1024, 2048, 4096), num_warps=(4, 8), num_stages=(1,)),
+    "sample_draw": _grid(BLOCK_S=(16, 32), CAPACITY=(1024, 2048, 4096), num_warps=(4, 8, 16), num_stages=(1,)),
     "adamw_step": _blocks("BLOCK_ROWS", (1, 2, 4, 8, 16)),
 }  # fmt: skip
 

@@ -4,7 +4,8 @@
 
 Each seed is a world, a tokenizer, an SFT model, a reward model and both arms of its own; some minutes each. The JSON
 holds every seed's figures beside machine, versions and date, and is written after each: seeds that it holds already are
-not measured again. The Markdown table printed at the end is made from it alone. Intervals are 95 % over seeds
+not measured again. The Markdown table printed at the end is made from it alone, as is the figure that
+`readme_tables.py` draws. Intervals are 95 % over seeds
 (Student's t). The settings of the demonstration were tuned on other seeds than the default ones.
 """
 
@@ -19,8 +20,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-import matplotlib.pyplot as plt
 from environment import environment
+from matplotlib.figure import Figure
 from ppomax.engine.demo import DemoConfig, run_demo
 from ppomax.engine.evaluation import Answers, Evaluation
 from ppomax.engine.metrics import read_metrics
@@ -54,7 +55,6 @@ def main() -> None:
         seeds[str(seed)] = known.get(str(seed)) or measure(seed)
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps({"environment": environment(), "seeds": seeds}, indent=1) + "\n")
-    draw(seeds, arguments.out.with_suffix(".png"))
     print(table(seeds))
 
 
@@ -110,9 +110,10 @@ def cell(values: list[float]) -> str:
     return f"{mean(values):.2f} ± {half:.2f}"
 
 
-def draw(seeds: dict[str, Any], path: Path) -> None:
+def figure(seeds: dict[str, Any]) -> Figure:
     """Held-out curves: thin lines are seeds, thick ones their mean."""
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3), layout="constrained")
+    figure = Figure(figsize=(4 * len(CURVES), 3), layout="constrained")
+    axes = figure.subplots(1, len(CURVES))
     for ax, label in zip(axes, CURVES, strict=True):
         for index, arm in enumerate(ARMS):
             lines = [seed["curves"][arm][label] for seed in seeds.values()]
@@ -125,7 +126,7 @@ def draw(seeds: dict[str, Any], path: Path) -> None:
         ax.set_xlabel("PPO iteration", fontsize=9)
         ax.grid(alpha=0.3)
     axes[0].legend(fontsize=9)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def trl_table() -> str:
         memory = case["peak_above_models"]
         share = f"{case['memory_ratio']:.2f} ({memory['ppomax'] / MIB:.0f} of {memory['trl'] / MIB:.0f} MiB)"
         lines.append(f"| {name} | {ours:.2f} s | {theirs:.2f} s | **{case['speedup']:.1f}** | {share} |")
-    return "\n".join([*lines, "", _where(result["environment"])])
+    picture = "![rollouts and iterations beside transformers and TRL](bench/results/engine_cpu.png)"
+    return "\n".join([*lines, "", _where(result["environment"]), "", picture])
 
 
 def adapters_table() -> str:

@@ -24,6 +24,12 @@ def environment() -> dict[str, str | int]:
     }
 
 
+def peers() -> dict[str, str]:
+    """Versions of the packages that operations are measured beside, of those that are installed."""
+    versions = {name: _version(name) for name in ("liger-kernel", "trl", "cut-cross-entropy", "flash-attn")}
+    return {name: version for name, version in versions.items() if version != "none"}
+
+
 def _version(package: str) -> str:
     try:
         return metadata.version(package)

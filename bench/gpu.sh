@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to check and measure on a machine with a GPU, in under nine minutes: build, the kernels' tests on
-# the GPU, compute-sanitizer, the compilation report of the chip, the kernel benchmark, and the benches of decoding and
-# of an iteration. Needs no network.
+# the GPU, the compilation report of the chip, the kernel benchmark, the benches of rollouts and of a small iteration,
+# compute-sanitizer, and the pytest suites at their smallest sizes. Needs no network.
 #
 #   bench/gpu.sh            # results in bench/results/gpu
 #   OUT=/tmp/gpu bench/gpu.sh
@@ -102,12 +102,12 @@ sm_80 | sm_90 | sm_100)
 *) note compile_report "not for $chip" 0 ;;
 esac
 step bench_kernels 200 "$PYTHON" bench/bench_kernels.py --device cuda --json "$OUT/kernels.json"
-
-for bench in rollout decode iteration; do
-    if [[ -f bench/bench_$bench.py ]]; then
-        step "bench_$bench" 90 "$PYTHON" "bench/bench_$bench.py" --device cuda --json "$OUT/$bench.json"
-    fi
-done
+if has ppomax.engine.rollout; then
+    step bench_rollout 90 "$PYTHON" bench/bench_rollout.py --device cuda --rounds 1 --json "$OUT/rollout.json"
+    step bench_iteration 60 "$PYTHON" bench/bench_iteration.py --device cuda --small --json "$OUT/iteration.json"
+else
+    note "rollouts, iteration" "no engine" 0 # one of its dependencies is not there
+fi
 
 # Each kernel a few times at odd sizes: launches are some hundred times slower there. Torch's cache of memory would hide
 # accesses past an end.
@@ -118,6 +118,13 @@ if command -v compute-sanitizer >/dev/null; then
     done
 else
     note compute-sanitizer "not installed" 0
+fi
+
+if has pytest_benchmark && has ppomax.engine.rollout; then
+    step bench_suite 90 "$PYTHON" -m pytest bench --benchmark-only --quick -q -rs -p no:cacheprovider \
+        --benchmark-json "$OUT/suite.json"
+else
+    note bench_suite skipped 0
 fi
 
 printf '\n'

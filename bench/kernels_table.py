@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import suites
-from bench_kernels import floor_ms
+from measure import floor_ms
 from ops import OURS
 
 RESULTS = Path(__file__).parent / "results"
@@ -26,7 +26,8 @@ def table() -> str:
         lines.append(_line(op.name, op.shape, f"{floor_ms(op):.3g} ms", *cells, "H200"))
     for entry in cpu["ops"] if cpu else []:
         lines.append(_line(entry["op"], entry["shape"], "", *_cells(entry), "CPU"))
-    return "\n".join([*lines, "", *(_note(report) for report in (gpu, cpu) if report)])
+    notes = [_note(report) for report in (gpu, cpu) if report]
+    return "\n".join([*lines, "", *notes, *(_picture(path) for path in (GPU, CPU) if path.exists())])
 
 
 def _line(*cells: str) -> str:
@@ -35,7 +36,7 @@ def _line(*cells: str) -> str:
 
 def _cells(entry: dict[str, Any]) -> tuple[str, str]:
     """(ours, the others), each time and memory."""
-    figures = {name: _figure(provider) for name, provider in entry["providers"].items()}
+    figures = {name: _figure(provider) for name, provider in entry["providers"].items() if "skipped" not in provider}
     ours = figures.pop(OURS)
     return ours, "<br>".join(f"{name}: {figure}" for name, figure in figures.items())
 
@@ -46,11 +47,16 @@ def _figure(provider: dict[str, Any]) -> str:
     return f"{provider['ms']:.3g} ms, {provider['peak_bytes'] / 1e6:.3g} MB"
 
 
+def _picture(path: Path) -> str:
+    return f"\n![time and memory of each provider over the plain way's](bench/results/{path.stem}.png)"
+
+
 def _note(report: dict[str, Any]) -> str:
     where = report["environment"]
     machine = f"{where['cpu']}, {where['threads']} thread" if report["device"] == "cpu" else report["device"]
     samples = [p["samples"] for op in report["ops"] for p in op["providers"].values() if "samples" in p]
+    others = "".join(f", {name} {version}" for name, version in report.get("peers", {}).items())
     return (
         f"Medians of {min(samples)} to {max(samples)} alternating samples and peak memory beside the inputs; "
-        f"{machine}, torch {where['torch']}, {where['date']}."
+        f"{machine}, torch {where['torch']}{others}, {where['date']}."
     )

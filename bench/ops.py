@@ -21,6 +21,12 @@ Judge: TypeAlias = Callable[..., Judged]  # of the inputs
 OURS = "ppomax"
 
 
+class Absent(NamedTuple):
+    """Stands for a provider that cannot run here."""
+
+    reason: str
+
+
 class Op(NamedTuple):
     """`bytes` and `flops` are the least that any version moves (each input read once, each output written once) and
     computes."""
@@ -28,21 +34,35 @@ class Op(NamedTuple):
     name: str
     shape: str
     inputs: Callable[[], Inputs]
-    providers: dict[str, Provider]
+    providers: dict[str, Provider | Absent]
     judge: Judge
     tolerance: float  # of the error that the judge finds
     bytes: float = 0.0
     flops: float = 0.0
     gate_ms: float | None = None  # what ours is held to on an H200
     gate_of: tuple[str, float] | None = None  # or this factor of ours in another operation
+    least: int = 5  # rounds of samples, however long they take
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, {self.shape}"
 
 
 def peer(module: str, name: str) -> Any:
-    """A function of another package, None where that is not installed or cannot be imported here."""
+    """A function of another package; Absent where that cannot be imported here."""
     try:
         return getattr(import_module(module), name)
-    except (ImportError, RuntimeError):  # packages with lazy parts raise the latter
-        return None
+    except (ImportError, RuntimeError, AttributeError) as failure:  # packages with lazy parts raise RuntimeError
+        return Absent(str(failure).strip().splitlines()[0])
+
+
+def on_gpu(function: Any, device: str) -> Any:
+    return Absent("runs on a GPU alone") if device == "cpu" else function
+
+
+def over(function: Any, make: Callable[[Any], Any]) -> Any:
+    """make(function); Absent stays what it is."""
+    return function if isinstance(function, Absent) else make(function)
 
 
 def present(**providers: Any) -> dict[str, Any]:
@@ -52,7 +72,7 @@ def present(**providers: Any) -> dict[str, Any]:
 
 def compiled(function: Any, device: str) -> Any:
     """torch.compile of a function, on a GPU."""
-    return torch.compile(function) if device == "cuda" else None
+    return torch.compile(function) if device == "cuda" else Absent("compiled on a GPU alone")
 
 
 def with_gradients(function: Callable[..., Tensor], *names: str) -> Provider:
@@ -86,8 +106,8 @@ def against(exact: Provider) -> Judge:
     return judge
 
 
-def mapped(functions: dict[str, Any], make: Callable[[Any], Provider]) -> dict[str, Provider]:
-    return {name: make(function) for name, function in functions.items()}
+def mapped(functions: dict[str, Any], make: Callable[[Any], Provider]) -> dict[str, Provider | Absent]:
+    return {name: over(function, make) for name, function in functions.items()}
 
 
 def bound(provider: Provider, inputs: Inputs) -> Callable[[], Results]:

@@ -8,7 +8,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from ops import Inputs, Op, Provider, against, compiled, doubled, mapped, peer, present, with_gradients
+from ops import (
+    Absent,
+    Inputs,
+    Op,
+    Provider,
+    against,
+    compiled,
+    doubled,
+    mapped,
+    on_gpu,
+    over,
+    peer,
+    present,
+    with_gradients,
+)
 from ppomax.kernels import api
 from ppomax.kernels.gpu.launch import overriding
 from ppomax.kernels.linear_logprobs import linear_logprobs_ref
@@ -17,6 +31,7 @@ from ppomax.kernels.logprobs import logprobs_from_logits_ref
 from torch import Tensor
 
 CLIP = 0.2
+TRL_CHUNK, LIGER_CHUNK = 32_768, 4096  # columns of logits at a time, as those packages' trainers take them
 
 
 def plain_logprobs(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -30,9 +45,9 @@ def plain_linear_logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> tup
 
 def trl_logprobs() -> Any:
     selective, entropy = (peer("trl.trainer.utils", name) for name in ("selective_log_softmax", "entropy_from_logits"))
-    if selective is None or entropy is None:
-        return None
-    return lambda logits, labels: (selective(logits, labels), entropy(logits))
+    if isinstance(selective, Absent):
+        return selective
+    return over(entropy, lambda f: lambda logits, labels: (selective(logits, labels), f(logits)))
 
 
 def from_logits(n: int, vocab: int, dtype: torch.dtype, device: str) -> list[Op]:
@@ -93,14 +108,14 @@ def cross_entropy_from_logits(n: int, vocab: int, dtype: torch.dtype, device: st
     def loss(function: Callable[[Tensor, Tensor], Tensor]) -> Provider:
         return with_gradients(lambda logits, labels: function(logits, labels) / n, "logits")
 
-    flash = peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss")
-    liger = peer("liger_kernel.transformers.functional", "liger_cross_entropy")
+    flash = on_gpu(peer("flash_attn.ops.triton.cross_entropy", "cross_entropy_loss"), device)
+    liger = on_gpu(peer("liger_kernel.transformers.functional", "liger_cross_entropy"), device)
     functions = present(
         ppomax=lambda z, y: -api.logprobs_from_logits(z, y).logprobs.sum(),
         torch_eager=plain_cross_entropy,
         torch_compile=compiled(plain_cross_entropy, device),
-        flash_attn=None if flash is None else lambda z, y: flash(z, y)[0].sum(),
-        Liger_with_a_copy=None if liger is None else lambda z, y: liger(z.clone(), y, reduction="sum"),  # it overwrites
+        flash_attn=over(flash, lambda f: lambda z, y: f(z, y)[0].sum()),
+        Liger_with_a_copy=over(liger, lambda f: lambda z, y: f(z.clone(), y, reduction="sum")),  # it overwrites
     )
     judge = against(doubled(loss(lambda z, y: F.cross_entropy(z, y, reduction="sum"))))
     return [
@@ -166,10 +181,13 @@ def linear_cross_entropy(n: int, hidden: int, vocab: int, dtype: torch.dtype, de
     def loss(function: Any) -> Provider:
         return with_gradients(function, "hidden", "weight")
 
-    options = peer("torch.nn", "LinearCrossEntropyOptions") if hasattr(F, "linear_cross_entropy") else None
-    chunked = None if options is None else partial(F.linear_cross_entropy, options=options())
-    cce = peer("cut_cross_entropy", "linear_cross_entropy")
-    liger = peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    chunked = over(
+        peer("torch.nn", "LinearCrossEntropyOptions"), lambda made: partial(F.linear_cross_entropy, options=made())
+    )
+    cce = on_gpu(peer("cut_cross_entropy", "linear_cross_entropy"), device)
+    liger = on_gpu(peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy"), device)
+    trl = peer("trl.kernels", "ChunkedLogProbFunction")
+    liger_chunked = peer("liger_kernel.chunked_loss.fused_linear_ppo", "_ChunkedSelectiveLogProbFunction")
     functions = present(
         ppomax=lambda hidden, weight, labels: api.linear_cross_entropy(hidden, weight, labels).loss,
         ppomax_with_recomputed_logits=lambda hidden, weight, labels: (
@@ -178,8 +196,10 @@ def linear_cross_entropy(n: int, hidden: int, vocab: int, dtype: torch.dtype, de
         torch_eager=plain_linear_cross_entropy,
         torch_compile=compiled(plain_linear_cross_entropy, device),
         torch_chunked=by_position(chunked),
-        cut_cross_entropy=by_position(cce if device == "cuda" else None),
-        Liger=by_position(liger if device == "cuda" else None),
+        TRL_chunked=over(trl, trl_cross_entropy),
+        cut_cross_entropy=by_position(cce),
+        Liger=by_position(liger),
+        Liger_chunked=over(liger_chunked, liger_cross_entropy),
     )
     return [
         Op(
@@ -196,8 +216,26 @@ def linear_cross_entropy(n: int, hidden: int, vocab: int, dtype: torch.dtype, de
 
 
 def by_position(function: Any) -> Any:
-    """The function called with positional arguments, whatever it names them; None stays None."""
-    return function and (lambda hidden, weight, labels: function(hidden, weight, labels))
+    """The function called with positional arguments, whatever it names them."""
+    return over(function, lambda f: lambda hidden, weight, labels: f(hidden, weight, labels))
+
+
+def trl_cross_entropy(function: Any) -> Any:
+    """From the log-probs of TRL's chunked LM head, the one output asked for, by its own chunk size."""
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -function.apply(hidden, weight, None, labels, 1.0, TRL_CHUNK, None, 1.0, ())[0].mean()
+
+    return loss
+
+
+def liger_cross_entropy(function: Any) -> Any:
+    """From the log-probs that Liger's chunked losses of policies start from."""
+
+    def loss(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return -function.apply(hidden, weight, labels, None, 1.0, LIGER_CHUNK).mean()
+
+    return loss
 
 
 def plain_linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -212,6 +250,20 @@ def plain_policy(hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: T
     logp = torch.log_softmax((hidden @ weight.t()).float(), -1).gather(1, labels[:, None]).squeeze(1)
     ratio = torch.exp(logp - old_logprobs)
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - CLIP, 1 + CLIP) * advantages).mean()
+
+
+def liger_policy(make: Any) -> Any:
+    """Liger's chunked loss, told that each token is a sequence of its own: it takes an advantage a sequence."""
+    loss = make(beta=0.0, compiled=False, use_ref_model=False, chunk_size=1024, epsilon_low=CLIP, epsilon_high=CLIP,
+                loss_type="bnpo")  # fmt: skip
+
+    def run(hidden: Tensor, weight: Tensor, labels: Tensor, old_logprobs: Tensor, advantages: Tensor) -> Tensor:
+        mask = torch.ones_like(advantages)[:, None]
+        rows = hidden[:, None], weight, labels[:, None], mask, advantages
+        result: Tensor = loss(*rows, old_per_token_logps=old_logprobs[:, None])[0]
+        return result
+
+    return run
 
 
 def linear_ppo(n: int, hidden: int, vocab: int, dtype: torch.dtype, device: str) -> list[Op]:
@@ -242,6 +294,7 @@ def linear_ppo(n: int, hidden: int, vocab: int, dtype: torch.dtype, device: str)
         ppomax=lambda **given: api.linear_ppo_loss(**given, clip_eps=CLIP).loss,
         torch_eager=plain_policy,
         torch_compile=compiled(plain_policy, device),
+        Liger_chunked=over(peer("liger_kernel.chunked_loss", "LigerFusedLinearGRPOLoss"), liger_policy),
     )
     size, flops = f"N={n} H={hidden} V={vocab}", 6.0 * n * hidden * vocab
     moved = 2.0 * dtype.itemsize * hidden * (n + vocab)

@@ -1,8 +1,9 @@
-"""Write the README's tables from the committed results: each between its `<!-- name -->` and `<!-- /name -->` marks.
+"""Write the README's tables from the committed results, each between its `<!-- name -->` and `<!-- /name -->` marks,
+and draw its figures.
 
     python bench/readme_tables.py [--check]
 
-`--check` changes nothing and exits with 1 where a table in the README is not what the results say.
+`--check` changes nothing and exits with 1 where a table in the README or a figure is not what the results say.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import demo_seeds
 import engine_tables
 import kernels_table
+import plots
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -32,10 +34,13 @@ def main() -> None:
     after = before
     for name, render in TABLES.items():
         after = replace_section(after, name, render())
-    if not arguments.check:
-        readme.write_text(after, encoding="utf-8")
-    elif after != before:
-        sys.exit("README.md is not what bench/results says: run bench/readme_tables.py")
+    old = {path: plot for path, plot in plots.plots().items() if not plots.is_current(path, plot)}
+    if arguments.check:
+        wrong = ["README.md"] * (after != before) + [path.name for path in old]
+        sys.exit(f"not what bench/results says, run bench/readme_tables.py: {', '.join(wrong)}" if wrong else 0)
+    for path, plot in old.items():
+        plots.save(path, plot)
+    readme.write_text(after, encoding="utf-8")
 
 
 def replace_section(text: str, name: str, content: str) -> str:

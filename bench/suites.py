@@ -58,14 +58,33 @@ def configured(device: str) -> list[Op]:
     ]
 
 
-def cpu(*, quick: bool = False) -> list[Op]:
-    n, h, vocabularies = (128, 64, (4096,)) if quick else (2048, 512, (32000, V))
-    lengths = (128,) if quick else (512, 2048, 8192)
+def cpu(*, quick: bool = False, full: bool = False) -> list[Op]:
+    """Each operation at a size for one thread; `full` adds the LM head of a vocabulary of 128256."""
+    n, h, v = (64, 32, 1000) if quick else (1024, 512, 32000)
+    heads = [*ops_head.linear_cross_entropy(2 * n, h, v, FP32, "cpu")]
+    if full:
+        heads += [op._replace(least=3) for op in ops_head.linear_cross_entropy(2 * n, h, V, FP32, "cpu")]
     return [
-        *(op for v in vocabularies for op in ops_head.linear_cross_entropy(n, h, v, FP32, "cpu")),
-        *(op for length in lengths for op in ops_tokens.gae(64, length, "cpu")),
-        *ops_tokens.ppo_loss(n * 512, "cpu"),
+        *ops_head.from_logits(n // 4, v, FP32, "cpu"),
+        *ops_head.cross_entropy_from_logits(n // 4, v, FP32, "cpu"),
+        *ops_head.linear_logprobs(n, h, v, FP32, "cpu"),
+        *heads,
+        *ops_head.linear_ppo(n, h, v, FP32, "cpu"),
+        *(op for length in ((n,) if quick else (512, 2048, 8192)) for op in ops_tokens.gae(64, length, "cpu")),
+        *ops_tokens.shaped_gae(64, 2 * n, "cpu"),
+        *ops_tokens.ppo_loss(n * 1024, "cpu"),
+        *ops_tokens.kl_penalty(n * 1024, "cpu"),
+        *ops_tokens.masked_whiten(n * 1024, "cpu"),
+        *ops_decode.sample(n // 32, v, FP32, "cpu"),
+        *ops_decode.paged_attention(n // 64, n, 1, FP32, "cpu"),
+        *ops_decode.paged_attention(2, n, n // 8, FP32, "cpu"),
+        *ops_decode.write_kv(2 * n, FP32, "cpu"),
+        *(op for eight_bit in (False, True) for op in ops_update.adamw(n << 10, "cpu", eight_bit=eight_bit)),
     ]
+
+
+def of(device: str, *, quick: bool = False, full: bool = False) -> list[Op]:
+    return cpu(quick=quick, full=full) if device == "cpu" else reference(device, quick=quick)
 
 
 def small(device: str) -> list[Op]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import math
@@ -46,8 +47,7 @@ def cpu_times(
     functions: Functions, samples: int, *, least: int = 3, seconds: float = math.inf
 ) -> dict[str, list[float]]:
     """Milliseconds of each sample, one sample of every function in each round; fewer rounds, but `least`, where they
-    would take longer than `seconds`."""
-    warm_up(functions, 1)
+    would take longer than `seconds`. No round is a warm-up."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     begun = time.perf_counter()
     for done in range(samples):
@@ -58,6 +58,15 @@ def cpu_times(
             function()
             times[name].append((time.perf_counter() - started) * 1e3)
     return times
+
+
+def settle() -> None:
+    """Before all measurements: one thread, and what has been imported is no matter of the garbage collector's, which
+    would take longer over it than most operations do."""
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # else extension modules report leaks
 
 
 def warm_up(functions: Functions, runs: int = 3) -> None:

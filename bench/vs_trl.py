@@ -9,7 +9,8 @@ Policy, reference, critic and reward model are Llamas (H 256, 4 layers) of rando
 responses, scores them with all four models and makes 4 optimizer steps of policy and critic. Each measurement is a
 process of its own with one thread: iterations after the first are timed, and the peak of resident memory is taken
 above what the loaded models held. Processes of the two alternate. A response's length is scripted in both, as its end
-token; equal: 64 tokens each, mixed: 8 to 512, log-normal (median 48, sigma 1).
+token; equal: 64 tokens each, mixed: 8 to 512, log-normal (median 48, sigma 1). In the lean case both compute the
+activations of decoder layers again instead of keeping them, and the KV cache's memory is given back during updates.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,19 +35,29 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 ROLLOUTS, MINIBATCH, PROMPT, EOS, PAD = 32, 8, 32, 1, 0
-CASES = {  # name: (vocabulary, longest response, PPO epochs, mixed lengths)
-    "equal lengths": (4096, 64, 1, False),
-    "equal lengths, 4 epochs": (4096, 64, 4, False),
-    "mixed lengths": (4096, 512, 1, True),
-    "vocabulary of 32,000": (32_000, 64, 1, False),
+
+
+class Case(NamedTuple):
+    vocab: int
+    longest: int  # response
+    epochs: int = 1
+    mixed: bool = False  # lengths
+    lean: bool = False
+
+
+CASES = {
+    "equal lengths": Case(4096, 64),
+    "equal lengths, 4 epochs": Case(4096, 64, epochs=4),
+    "mixed lengths": Case(4096, 512, mixed=True),
+    "vocabulary of 32,000": Case(32_000, 64),
+    "vocabulary of 32,000, lean": Case(32_000, 64, lean=True),
 }
 
 
 def response_lengths(case: str, iterations: int) -> list[list[int]]:
     """Per iteration the lengths of its responses, end token included."""
-    _, longest, _, mixed = CASES[case]
-    generator = np.random.default_rng(0)
-    if not mixed:
+    longest, generator = CASES[case].longest, np.random.default_rng(0)
+    if not CASES[case].mixed:
         return [[longest] * ROLLOUTS] * iterations
     drawn = np.clip(np.exp(generator.normal(np.log(48), 1.0, (iterations, ROLLOUTS))), 8, longest)
     return drawn.astype(int).tolist()
@@ -54,15 +65,15 @@ def response_lengths(case: str, iterations: int) -> list[list[int]]:
 
 def prompts_of(case: str, iterations: int) -> list[list[int]]:
     generator = np.random.default_rng(1)
-    return generator.integers(2, CASES[case][0], (iterations * ROLLOUTS, PROMPT)).tolist()
+    return generator.integers(2, CASES[case].vocab, (iterations * ROLLOUTS, PROMPT)).tolist()
 
 
 def model_config(case: str) -> LlamaConfig:
-    vocab, longest, _, _ = CASES[case]
+    longest = CASES[case].longest
     return LlamaConfig(
-        vocab_size=vocab, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
-        num_key_value_heads=4, max_position_embeddings=PROMPT + longest, bos_token_id=None, eos_token_id=EOS,
-        pad_token_id=PAD, num_labels=1,
+        vocab_size=CASES[case].vocab, hidden_size=256, intermediate_size=688, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=PROMPT + longest, bos_token_id=None,
+        eos_token_id=EOS, pad_token_id=PAD, num_labels=1,
     )  # fmt: skip
 
 
@@ -80,19 +91,23 @@ def run_ppomax(case: str, iterations: int) -> dict[str, Any]:
     from ppomax.engine.attention import ATTENTION
     from ppomax.engine.batch import Prompt
     from ppomax.engine.config import PPOConfig, from_dict
+    from ppomax.engine.layers import LayerOptions, prepare_layers
     from ppomax.engine.models import CausalModel, ScalarModel
     from ppomax.engine.ppo import PPO
 
-    _, longest, epochs, _ = CASES[case]
+    _, longest, epochs, _, lean = CASES[case]
     config = model_config(case)
     config._attn_implementation = ATTENTION
     policy, reference = (CausalModel(LlamaForCausalLM(config)) for _ in range(2))
     critic, reward = (ScalarModel(LlamaForSequenceClassification(config)) for _ in range(2))
+    if lean:
+        for trained in (policy, critic):
+            prepare_layers(trained.model, LayerOptions(checkpointing="layer"))
     settings = {
         "iterations": iterations, "rollouts_per_iteration": ROLLOUTS, "minibatch_size": MINIBATCH,
         "ppo_epochs": epochs, "max_sequence": PROMPT + longest, "micro_batch_tokens": 2048,
         "rollout": {"max_response": longest, "max_running": ROLLOUTS, "temperature": 1.0, "top_p": 1.0,
-                    "repetition_penalty": 1.0},
+                    "repetition_penalty": 1.0, "sleep": lean},
     }  # fmt: skip
     prompts = [Prompt([], tokens) for tokens in prompts_of(case, iterations)]
 
@@ -125,7 +140,7 @@ def run_trl(case: str, iterations: int) -> dict[str, Any]:
     from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast, TrainerCallback
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
-    _, longest, epochs, _ = CASES[case]
+    _, longest, epochs, _, lean = CASES[case]
     lengths = iter(response_lengths(case, iterations))
 
     class ScriptedEnd(LogitsProcessor):
@@ -164,7 +179,7 @@ def run_trl(case: str, iterations: int) -> dict[str, Any]:
             num_mini_batches=ROLLOUTS // MINIBATCH, num_ppo_epochs=epochs, total_episodes=iterations * ROLLOUTS,
             local_rollout_forward_batch_size=ROLLOUTS, response_length=longest, stop_token="eos", temperature=1.0,
             num_sample_generations=0, report_to="none", use_cpu=True, save_strategy="no", disable_tqdm=True,
-            gradient_checkpointing=False, bf16=False,
+            gradient_checkpointing=lean, bf16=False,
         )  # fmt: skip
         trainer = PPOTrainer(
             arguments, tokenizer, model=policy, ref_model=reference, reward_model=reward, value_model=critic,

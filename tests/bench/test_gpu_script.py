@@ -13,6 +13,8 @@ STUB = """#!/usr/bin/env bash
 case "$*" in
 -) exit 0 ;;
 *"import hypothesis"*) exit {hypothesis} ;;
+*"import pytest_benchmark"*) exit {benchmark} ;;
+*"import ppomax.engine"*) exit {engine} ;;
 *get_device_capability*) echo {chip} ;;
 *"-m pytest"*) echo "called $*"; exit {tests} ;;
 *) echo "called $*" ;;
@@ -27,9 +29,12 @@ def run(out: Path, python: Path | str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def stub(folder: Path, chip: str = "sm_90", hypothesis: int = 0, tests: int = 0) -> Path:
+def stub(
+    folder: Path, chip: str = "sm_90", hypothesis: int = 0, benchmark: int = 0, engine: int = 0, tests: int = 0
+) -> Path:
     path = folder / "python"
-    path.write_text(STUB.format(chip=chip, hypothesis=hypothesis, tests=tests))
+    statuses = {"hypothesis": hypothesis, "benchmark": benchmark, "engine": engine, "tests": tests}
+    path.write_text(STUB.format(chip=chip, **statuses))
     path.chmod(0o755)
     return path
 
@@ -58,7 +63,8 @@ def test_every_step_is_in_the_summary(tmp_path: Path) -> None:
     done = run(tmp_path / "out", stub(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = verdicts(tmp_path / "out")
-    assert {found[name] for name in ("build", "tests", "compile_report", "bench_kernels")} == {"ok"}
+    steps = ("build", "tests", "compile_report", "bench_kernels", "bench_rollout", "bench_iteration", "bench_suite")
+    assert {found[name] for name in steps} == {"ok"}
     log = (tmp_path / "out" / "gpu.log").read_text()
     assert "called -m pip install --no-deps --no-build-isolation --quiet ." in log
     assert "called bench/compile_report.py --chips sm_90" in log
@@ -70,6 +76,16 @@ def test_a_failing_step_does_not_stop_the_others(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert verdicts(tmp_path / "out")["tests"] == "failed (3)"
     assert verdicts(tmp_path / "out")["bench_kernels"] == "ok"
+
+
+@pytest.mark.parametrize("lacking", ["benchmark", "engine"])
+def test_without_what_the_suite_needs(tmp_path: Path, lacking: str) -> None:
+    done = run(tmp_path / "out", stub(tmp_path, **{lacking: 1}))
+    assert done.returncode == 0
+    found, log = verdicts(tmp_path / "out"), (tmp_path / "out" / "gpu.log").read_text()
+    assert found["bench_suite"] == "skipped"
+    assert "-m pytest bench" not in log
+    assert ("bench_rollout" in found) == (lacking == "benchmark") == ("bench/bench_rollout.py" in log)
 
 
 def test_without_hypothesis_and_on_a_chip_without_a_report(tmp_path: Path) -> None:
