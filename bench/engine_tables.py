@@ -56,6 +56,42 @@ def trl_table() -> str:
     return "\n".join([*lines, "", _where(result["environment"]), "", picture])
 
 
+def iteration_table() -> str:
+    """Where the time of an iteration goes, by `bench_iteration.py`."""
+    result = measured("iteration_cpu")
+    setting, whole = result["setting"], result["seconds_with_spans"]
+    lines = ["| part of an iteration | seconds | share |", "|---|---|---|"]
+    for name, seconds in result["rows"].items():
+        if seconds >= 0.0005 * whole:
+            lines.append(f"| {name} | {seconds:.3f} | {seconds / whole:.1%} |")
+    note = (
+        f"{setting['prompts']} prompts of {setting['prompt']} + {setting['response']} tokens, four Llamas of H 256, "
+        f"4 layers, V 4096: {result['tokens_per_second']:,.0f} tokens/s. {_where(result['environment'])}"
+    )
+    return "\n".join([*lines, "", note])
+
+
+def communication_table() -> str:
+    """What travels, by the model of `bench_communication.py`."""
+    result = measured("communication")
+    lines = [
+        "| GPUs | processes that share a copy | sent by each in an iteration, GB | seconds | of the compute's time |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["model"]:
+        lines.append(
+            f"| {row['gpus']} | {row['shard_size']} | {row['sent_GB']:.0f} | {row['seconds']:.1f} | "
+            f"{row['share_of_target']:.0%} |"
+        )
+    counted = sum(row["bytes"] for row in result["rows"]) / 1e6
+    gap = max(abs(row["bytes"] - row["predicted"]) for row in result["rows"] if row["predicted"] is not None)
+    note = (
+        f"A **model**, nothing of this table was measured. Its formula, for the {counted:.0f} MB that 2 processes of a "
+        f"tiny model exchange in an iteration, is off by {gap:.0f} bytes. {_where(result['environment'])}"
+    )
+    return "\n".join([*lines, "", note])
+
+
 def adapters_table() -> str:
     lines = ["| trainer | function | before, ms | with ours, ms | peak memory, of before |", "|---|---|---|---|---|"]
     result = measured("adapters_cpu")

@@ -72,6 +72,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "rollouts": engine_tables.rollouts_table,
     "kernels": kernels_table.table,
     "trl": engine_tables.trl_table,
+    "communication": engine_tables.communication_table,
+    "iteration": engine_tables.iteration_table,
     "adapters": engine_tables.adapters_table,
 }
 

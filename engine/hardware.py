@@ -9,7 +9,7 @@ import torch
 
 from .errors import InputError
 
-GIB = 1 << 30
+MIB, GIB = 1 << 20, 1 << 30
 
 MEASURED = "measured: matmul in bfloat16, bytes read and written; links: vendor data sheet"
 SHEET = "vendor data sheet: dense bfloat16 with float32 sums; a program reaches less"

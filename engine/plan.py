@@ -15,7 +15,7 @@ from .config import PPOConfig
 from .errors import InputError, first_line
 from .fake_models import Shapes
 from .footprint import Lengths
-from .hardware import GIB, chip
+from .hardware import GIB, MIB, chip
 from .memory import CUDA_RESERVE, DISK_RATE, PHASES, Plan, plan
 from .remedies import Remedy, remedies
 
@@ -225,7 +225,7 @@ class Unit(NamedTuple):
 
 def unit_of(made: Plan) -> Unit:
     """What a plan's sizes are shown in."""
-    return Unit("GiB", GIB) if made.peak >= GIB else Unit("MiB", 1 << 20)
+    return Unit("GiB", GIB) if made.peak >= GIB else Unit("MiB", MIB)
 
 
 def _count(parameters: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 
@@ -11,7 +13,7 @@ from .config import PPOConfig
 from .errors import first_line
 from .fake_models import Shapes
 from .footprint import Lengths
-from .hardware import GIB, chip_of
+from .hardware import GIB, MIB, chip_of
 from .memory import CUDA_RESERVE, PHASES, Plan, plan
 from .metrics import console
 from .plan import unit_of
@@ -49,8 +51,11 @@ class RunPlan:
             self.iterations.append({name: metrics[name] for name in wanted})
 
     def compare(self) -> None:
-        """Print what the run took beside what was planned. On a CPU there is nothing to hold a plan against."""
-        if self.plan is None or self.device.type != "cuda":
+        """Print what the run took beside what was planned."""
+        if self.plan is None:
+            return
+        if self.device.type != "cuda":
+            self._compare_resident()
             return
         peak, planned = torch.cuda.max_memory_allocated(self.device), self.plan.peak - CUDA_RESERVE
         self._print(
@@ -59,6 +64,15 @@ class RunPlan:
         )
         if self.iterations:
             self._compare_times()
+
+    def _compare_resident(self) -> None:
+        """A CPU has no count of tensors' bytes, and its ceilings are not known."""
+        unit = 1 if sys.platform == "darwin" else 1024
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        self._print(
+            f"memory: {peak / MIB:,.0f} MiB resident at the process's peak, all of Python in it, "
+            f"{self.plan.peak / MIB:,.0f} of tensors planned"
+        )
 
     def _compare_times(self) -> None:
         """Times of an iteration against a plan for the lengths that responses had."""

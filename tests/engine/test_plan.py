@@ -1,6 +1,7 @@
 """`ppomax plan`, what it suggests, its model of time, and the plan that a run prints."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -218,6 +219,9 @@ def test_a_run_prints_its_plan(ppomax: Callable, arguments: Callable, tmp_path: 
     assert plans[0].startswith("ppo plan: 8 rollouts, 8 sampled at a time; 2 minibatches of 4")
     assert "MiB of tensors, sequences at their longest: rollout " in plans[1]
     assert len(plans) == 2
+    assert re.search(
+        r"ppo memory: [\d,]+ MiB resident at the process's peak, all of Python in it, \d+ of tensors", outcome.err
+    )
 
 
 @pytest.fixture
