@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
+from textwrap import fill
 from typing import Any, NamedTuple
 
 import demo_seeds
@@ -160,7 +161,7 @@ def engine(data: dict[str, Any]) -> Figure:
             places = [place + 0.4 * i for place in range(len(values))]
             bars = ax.bar(places, values, 0.38, color=COLOURS[label], label=label)
             ax.bar_label(bars, [f"{x:.3g}" if x < 100 else f"{x:,.0f}" for x in values], fontsize=8)
-        ax.set_xticks([place + 0.2 for place in range(len(values))], [c.replace(" ", "\n", 1) for c in data["cases"]])
+        ax.set_xticks([place + 0.2 for place in range(len(values))], [fill(name, 11) for name in data["cases"]])
         ax.set_title(title, fontsize=10)
     seconds.legend(frameon=False)
     for ax in (rollouts, seconds, memory):
