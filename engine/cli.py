@@ -245,8 +245,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a PPO run will take before it starts: memory by phase, batches, FLOPs, time; what to change if it does not
-    fit."""
+    """What a PPO run will take: memory by phase, batches, FLOPs, time. And what to change where it does not fit."""
 
     model: str
     """Hugging Face folder of the policy (its config.json is enough), or 7b-shape."""
