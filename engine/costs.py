@@ -106,18 +106,18 @@ def phase_work(
         _add(updates[name], step, steps)
     if config.ptx_coef:
         _add(updates["policy"], footprint.usage["ptx"].operations, steps * batches.ptx_micro_batches)
-    passes = 2 if config.lora.rank else 3  # forward, gradient of the input, gradient of the weights (not of a base)
-    epochs, ptx = config.ppo_epochs, steps * batches.ptx_micro_batches * batches.micro_batch
+    adapters, epochs = config.lora.rank > 0, config.ppo_epochs
+    ptx = steps * -(-config.ptx_batch_size // batches.processes) if config.ptx_coef else 0
     rollout, sampled = _rollout(config, footprint, lengths, batches, sums)
     return {
         "rollout": _work(rollout, sampled, tokens, chip),
         "score": _work(score, sum(rows * sums.forward(name) for name in asked), len(asked) * tokens, chip),
         "update policy": _work(
-            updates["policy"], passes * sums.forward("policy") * (rows * epochs + ptx),
+            updates["policy"], sums.update("policy", adapters) * (rows * epochs + ptx),
             epochs * tokens + ptx * lengths.sequence, chip,
         ),
         "update critic": _work(
-            updates["critic"], passes * sums.forward("critic") * rows * epochs, epochs * tokens, chip
+            updates["critic"], sums.update("critic", adapters) * rows * epochs, epochs * tokens, chip
         ),
     }  # fmt: skip
 
@@ -133,6 +133,12 @@ class _Sums:
         length = self.lengths.sequence
         head = 2 * self.footprint.head * self.lengths.response if name in ("policy", "reference") else 0
         return 2 * self.footprint.products[name] * length + self.attention(length * (length + 1) // 2) + head
+
+    def update(self, name: str, adapters: bool) -> float:
+        """Forward, gradients of the inputs, and gradients of the weights, which the base of adapters has none of."""
+        length = self.lengths.sequence
+        weights = self.forward(name) - self.attention(length * (length + 1) // 2) if adapters else 0
+        return 3 * self.forward(name) - weights
 
     def attention(self, pairs: float) -> float:
         return 4 * pairs * self.footprint.attention_width

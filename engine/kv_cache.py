@@ -208,6 +208,7 @@ def _blocks_in_share(
         raise ValueError(f"memory_share must be over 0 and at most 1, got {share}")
     if device.type != "cuda":
         raise ValueError(f"memory_share is of a GPU's free memory, and the device is {device}: give num_blocks")
+    torch.cuda.empty_cache()  # what torch keeps for reuse, of models just sharded say, is free too
     free, _ = torch.cuda.mem_get_info(device)
     return int(free * share) // (2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize)
 

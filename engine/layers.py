@@ -81,9 +81,9 @@ def prepare_layers(model: PreTrainedModel, options: LayerOptions) -> None:
 def _forward(checkpointing: str, compiled: bool) -> Callable[..., Tensor]:
     """A layer's `forward`."""
 
-    def forward(layer: nn.Module, hidden: Tensor, **options: Any) -> Tensor:
+    def forward(layer: nn.Module, hidden: Tensor, *others: Any, **options: Any) -> Tensor:
         run = _compiled() if compiled and isinstance(options.get("attention"), Varlen) else _run
-        return run(checkpointing, layer, hidden, **options)
+        return run(checkpointing, layer, hidden, *others, **options)
 
     return forward
 
@@ -96,9 +96,9 @@ def _compiled() -> Callable[..., Tensor]:
     return torch.compile(_run, backend=_BACKEND, dynamic=True, fullgraph=True)
 
 
-def _run(checkpointing: str, layer: nn.Module, hidden: Tensor, **options: Any) -> Tensor:
+def _run(checkpointing: str, layer: nn.Module, hidden: Tensor, *others: Any, **options: Any) -> Tensor:
     def layer_forward(hidden: Tensor) -> Tensor:
-        return type(layer).forward(layer, hidden, **options)
+        return type(layer).forward(layer, hidden, *others, **options)
 
     if checkpointing == "none" or not torch.is_grad_enabled():
         return layer_forward(hidden)

@@ -95,6 +95,8 @@ class Plan:
     kv_tokens: int
     """That the KV cache of a process holds"""
     checkpoint: Checkpoint
+    loading: int
+    """Bytes on the device of a process that has all models whole, before they are sharded or offloaded"""
 
     @property
     def peak(self) -> int:
@@ -102,7 +104,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.peak <= self.chip.memory
+        return self.most <= self.chip.memory
+
+    @property
+    def most(self) -> int:
+        """Bytes of a process at any time."""
+        return max(self.peak, self.loading)
 
     @property
     def host(self) -> int:
@@ -146,8 +153,8 @@ def plan(config: PPOConfig, shapes: Shapes, chip: Chip, *, lengths: Lengths, gpu
     """The plan of a run of `config` on `gpus` devices like `chip`, all sequences of the given lengths.
 
     Raises:
-        InputError: lengths that `config` does not allow, fewer rollouts in a minibatch than GPUs, LoRA on several,
-            float32 on a GPU.
+        InputError: lengths that `config` does not allow, fewer rollouts in a minibatch than GPUs, a number of GPUs
+            that `shard_size` does not divide, LoRA on several, float32 on a GPU, the exact mode.
     """
     _check(config, chip, lengths, gpus)
     footprint = measure(process_config(config, gpus), shapes, lengths, on_gpu=chip.is_gpu)
@@ -166,6 +173,12 @@ def _check(config: PPOConfig, chip: Chip, lengths: Lengths, gpus: int) -> None:
         )
     if not 1 <= gpus <= config.minibatch_size:
         raise InputError(f"GPUs = {gpus}: expected 1 to minibatch_size = {config.minibatch_size}")
+    if gpus % _shards(config, gpus):
+        raise InputError(
+            f"RuntimeConfig.shard_size = {config.runtime.shard_size}: expected a divisor of the {gpus} GPUs"
+        )
+    if config.runtime.exact:
+        raise InputError("RuntimeConfig.exact = True: the exact mode is not planned")
     if chip.is_gpu and config.runtime.dtype == "float32":
         raise InputError("RuntimeConfig.dtype = 'float32': plans for a GPU are of bfloat16")
     if gpus > 1 and config.lora.rank:
@@ -174,9 +187,18 @@ def _check(config: PPOConfig, chip: Chip, lengths: Lengths, gpus: int) -> None:
         check_lora(config.lora, critic="")
 
 
+def _shards(config: PPOConfig, gpus: int) -> int:
+    """Processes that share a copy of the weights."""
+    return min(config.runtime.shard_size or gpus, gpus)
+
+
 class _Planner:
     def __init__(self, config: PPOConfig, footprint: Footprint, chip: Chip, lengths: Lengths, gpus: int) -> None:
         self.config, self.footprint, self.chip, self.lengths, self.gpus = config, footprint, chip, lengths, gpus
+        self.shards = _shards(config, gpus)
+        offloads = config.runtime.offload_frozen and chip.is_gpu
+        frozen = ("reward",) if config.lora.rank else ("reference", "reward")  # adapters need their base
+        self.offloaded = frozen if offloads else ()
 
     def plan(self) -> Plan:
         config, footprint, gpus = self.config, self.footprint, self.gpus
@@ -198,13 +220,14 @@ class _Planner:
             batches=batches,
             kv_tokens=(blocks - 1) * config.rollout.block_size,
             checkpoint=self._checkpoint(),
+            loading=sum(footprint.weights.values()) + self._reserve,
         )
 
     # Memory
 
     def _part(self, size: int) -> int:
         """What a process has of something sharded."""
-        return -(-size // self.gpus)
+        return -(-size // self.shards)
 
     def _blocks(self) -> int:
         """Of the KV cache, as `KVCache.for_model` counts them."""
@@ -223,16 +246,10 @@ class _Planner:
     def _reserve(self) -> int:
         return CUDA_RESERVE if self.chip.is_gpu else 0
 
-    @property
-    def _offloads_frozen(self) -> bool:
-        return self.config.runtime.offload_frozen and self.chip.is_gpu
-
     def _weights(self) -> dict[str, int]:
         """On the device all the time."""
-        frozen = ("reference", "reward")
         return {
-            name: 0 if name in frozen and self._offloads_frozen else self._part(size)
-            for name, size in self.footprint.weights.items()
+            name: 0 if name in self.offloaded else self._part(size) for name, size in self.footprint.weights.items()
         }
 
     def _components(self, kv_cache: int) -> list[Component]:
@@ -257,8 +274,8 @@ class _Planner:
 
     def _phase(self, name: str, components: list[Component], work: Work, batches: Batches) -> Phase:
         resident = {c.name: c.bytes for c in components if name in c.phases}
-        if self._offloads_frozen and name == "score":
-            for model in ("reference", "reward"):
+        if name == "score":
+            for model in self.offloaded:
                 resident.pop(f"weights {model}", None)
         usages = [usage for usage in _USAGES[name] if usage in self.footprint.usage]
         candidates = [parts for usage in usages for parts in self._transients(usage)]
@@ -278,7 +295,7 @@ class _Planner:
         for parts in candidates:
             if self.gpus > 1:
                 parts["gradients"] = self._part(parts["gradients"])
-            if self.gpus > 1 or (self._offloads_frozen and model in ("reference", "reward")):
+            if self.gpus > 1 or model in self.offloaded:
                 parts["gathered"] = self._gathered(usage, model)
         return candidates
 
@@ -300,7 +317,7 @@ class _Planner:
         """Bytes that a process gets from the others: weights for each pass over the layers, sums of gradients."""
         if self.gpus == 1:
             return 0.0
-        share, footprint = (self.gpus - 1) / self.gpus, self.footprint
+        share, footprint = (self.shards - 1) / self.shards, self.footprint
         if name == "rollout":
             return share * footprint.weights["policy"]
         if name == "score":
@@ -310,13 +327,15 @@ class _Planner:
             return share * sum(footprint.weights[m] for m in models) * batches.minibatches * batches.micro_batches
         model = name.split()[1]
         micros = batches.micro_batches + (batches.ptx_micro_batches if model == "policy" else 0)
-        gradients = 4 * footprint.trained[model].parameters
-        return share * (2 * footprint.weights[model] + gradients) * micros * batches.optimizer_steps
+        gradients, copies = 4 * footprint.trained[model].parameters, self.gpus // self.shards
+        between_copies = 2 * (copies - 1) / copies * gradients / self.shards
+        received = share * (2 * footprint.weights[model] + gradients) + between_copies
+        return received * micros * batches.optimizer_steps
 
     def _from_host(self, name: str, batches: Batches) -> float:
         """Bytes between host and device in the busier direction."""
-        if name == "score" and self._offloads_frozen:
-            frozen = sum(self._part(self.footprint.weights.get(m, 0)) for m in ("reference", "reward"))
+        if name == "score":
+            frozen = sum(self._part(self.footprint.weights.get(m, 0)) for m in self.offloaded)
             return frozen * batches.minibatches * batches.micro_batches
         if not name.startswith("update"):
             return 0.0

@@ -68,9 +68,9 @@ class Ranks:
         if size > 1 and ":" in runtime.device:
             raise InputError(f"RuntimeConfig.device = {runtime.device!r}: expected no number with {size} processes")
         if not dist.is_initialized():
-            _start(size, on_gpu)
+            _start(size, on_gpu, runtime.device)
             console.quiet = dist.get_rank() > 0
-        mesh = _mesh("cuda" if on_gpu else "cpu", size, runtime.shard_size or size)
+        mesh = _mesh("cuda" if on_gpu else "cpu", size, min(runtime.shard_size or size, size))
         return cls(dist.get_rank(), size, mesh, offloads)
 
     @property
@@ -81,7 +81,9 @@ class Ranks:
     def check_same(self, what: str, lists: Iterable[Sequence[int]]) -> None:
         """Raise InputError unless all processes hold the same lists: they would train on different things."""
         if self.size > 1:
-            checksum = zlib.crc32(repr([list(each) for each in lists]).encode())
+            checksum = 0
+            for each in lists:
+                checksum = zlib.crc32(repr(list(each)).encode(), checksum)
             if len(set(self.gather([checksum]))) > 1:
                 raise InputError(f"{what}: the processes have read different ones; all need the same files")
 
@@ -159,9 +161,12 @@ class Ranks:
         for layer in decoder_layers(model):
             fully_shard(layer, **options)
         fully_shard(model, **options)
-        for part in _parts(model):
+        parts = _parts(model)
+        for part, before in zip(parts, [parts[-1], *parts[:-1]], strict=True):
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)
+            # by itself it goes by what ran before: where a process has nothing to sample, other things than elsewhere
+            part.set_modules_to_backward_prefetch([before])
         for name in model.entries:
             register_fsdp_forward_method(model, name)
             setattr(model, name, _let_go(model, getattr(model, name)))
@@ -194,13 +199,13 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def _start(size: int, on_gpu: bool) -> None:
+def _start(size: int, on_gpu: bool, device: str) -> None:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     if on_gpu:
-        local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= there:
-            raise InputError(f"process {local} of this machine has no GPU: expected at most {there} processes on it")
-        torch.cuda.set_device(local)
+        number = int(device.partition(":")[2] or os.environ.get("LOCAL_RANK", "0"))
+        if number >= (there := torch.cuda.device_count()):
+            raise InputError(f"no GPU of number {number}, which this process needs: this machine has {there}")
+        torch.cuda.set_device(number)
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:

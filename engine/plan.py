@@ -176,7 +176,7 @@ def _notes(made: Plan) -> list[str]:
     lines, unit = [], unit_of(made)
     if made.seconds is not None and made.mfu is not None and made.tokens_per_second is not None:
         lines.append(
-            f"an iteration: {made.seconds:.1f} s, {made.seconds / made.batches.rollouts:.2f} s a prompt, "
+            f"an iteration: {made.seconds:.1f} s, {made.seconds / made.batches.rollouts:.2f} s a response, "
             f"{made.tokens_per_second:,.0f} tokens/s, {made.mfu:.0%} of the chip's rate goes into needed FLOPs"
         )
         lines.append(
@@ -187,6 +187,10 @@ def _notes(made: Plan) -> list[str]:
         )
     else:
         lines.append("No ceilings of this device are known: no times.")
+    if made.loading > made.peak:
+        lines.append(
+            f"each process loads all models whole before they are sharded: {made.loading / unit.bytes:,.1f} {unit.name}"
+        )
     checkpoint = made.checkpoint
     lines.append(
         f"checkpoint: {checkpoint.bytes / unit.bytes:,.1f} {unit.name}, {checkpoint.seconds:.0f} s at "

@@ -51,7 +51,8 @@ class Rehearsal:
     def _ppo(self) -> PPO:
         config, models = self.config, self.models
         longest = blocks_for(config.max_sequence, config.rollout.block_size)
-        few = replace(config.rollout, kv_blocks=longest + 2)
+        # stop texts take no memory and a decoder; kernels over the cache run on the GPU alone
+        few = replace(config.rollout, kv_blocks=longest + 2, stop=(), attention="auto")
         reward: Any = ModelReward(models.reward, config.micro_batch_tokens) if models.reward else None
         return PPO(
             replace(config, rollout=few, ptx_coef=0.0),

@@ -22,7 +22,7 @@ class Remedy:
 
     flags: str
     saved: int
-    """Bytes off the peak of one process"""
+    """Bytes off the most that one process takes"""
     plan: Plan
     """With it"""
 
@@ -36,8 +36,8 @@ def remedies(given: Plan, shapes: Shapes) -> Iterator[Remedy]:
         if flags.startswith("--micro-batch") and now.peak == now.phase("rollout").peak:
             continue  # no use, and planning takes seconds
         after = _planned(change(now.config), shapes, now.chip, now.lengths, gpus or now.gpus)
-        if after is not None and after.peak < now.peak:
-            yield Remedy(flags, now.peak - after.peak, after)
+        if after is not None and after.most < now.most:
+            yield Remedy(flags, now.most - after.most, after)
             now = after
 
 

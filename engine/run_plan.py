@@ -55,7 +55,7 @@ class RunPlan:
         if self.plan is None:
             return
         if self.device.type != "cuda":
-            self._compare_resident()
+            self._compare_resident(self.plan)
             return
         peak, planned = torch.cuda.max_memory_allocated(self.device), self.plan.peak - CUDA_RESERVE
         self._print(
@@ -65,13 +65,13 @@ class RunPlan:
         if self.iterations:
             self._compare_times()
 
-    def _compare_resident(self) -> None:
+    def _compare_resident(self, planned: Plan) -> None:
         """A CPU has no count of tensors' bytes, and its ceilings are not known."""
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         self._print(
             f"memory: {peak / MIB:,.0f} MiB resident at the process's peak, all of Python in it, "
-            f"{self.plan.peak / MIB:,.0f} of tensors planned"
+            f"{planned.peak / MIB:,.0f} of tensors planned"
         )
 
     def _compare_times(self) -> None:
@@ -99,7 +99,7 @@ class RunPlan:
             return None
 
     def _print(self, line: str) -> None:
-        console.print(f"{self.name} {line}", soft_wrap=True)
+        console.print(f"{self.name} {line}", soft_wrap=True, markup=False)
 
     def _header(self) -> str:
         config, policy, ranks = self.ppo.config, self.ppo.policy, self.ppo.ranks

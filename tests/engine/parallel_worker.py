@@ -208,6 +208,14 @@ def partial_rollouts(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def one_samples(ranks: Ranks) -> dict[str, Any]:
+    """All responses are to one prompt, which one process samples. With recorded log-probs the policy's next pass is
+    that of the update."""
+    config = replace(CONFIG, samples_per_prompt=12, old_logprobs="recorded", importance_clip=None)
+    ours, theirs = run_ppo(ranks, config), run_ppo(ALONE, config)
+    return {"same tokens": ours["tokens"] == theirs["tokens"], "weights": distance(ours["policy"], theirs["policy"])}
+
+
 FORMS: dict[str, tuple[torch.dtype, OptimConfig]] = {
     "float32": (torch.float32, OptimConfig(lr=1e-3)),
     "bfloat16": (torch.bfloat16, OptimConfig(lr=1e-3)),
@@ -346,6 +354,7 @@ def main(tasks: dict[str, Any]) -> None:
         "ppo": lambda: compare_ppo(ranks),
         "lora": lambda: compare_lora(ranks),
         "partial": lambda: partial_rollouts(ranks),
+        "one samples": lambda: one_samples(ranks),
         "resharding": lambda: resharding(ranks, Path(tasks["folder"])),
         "errors": lambda: errors(ranks),
         "offloading": lambda: offloading(ranks),

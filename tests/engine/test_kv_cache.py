@@ -94,7 +94,9 @@ def test_given_num_blocks() -> None:
 def test_a_share_of_the_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sizes alone: the pools are asked for on the device and not made here."""
     asked: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000 + 20, 80_000))
+    held = [5_000]  # what torch keeps of memory that was given back
+    monkeypatch.setattr(torch.cuda, "empty_cache", held.clear)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10_000 + 20 - sum(held), 80_000))
     monkeypatch.setattr(KVCache, "__init__", lambda self, **sizes: asked.append(sizes))
     model_cache(device="cuda:1", memory_share=0.5, dtype=torch.bfloat16)
     block_bytes = 2 * 1 * 4 * 1 * 8 * 2

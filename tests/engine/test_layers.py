@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ppomax.engine import layers
+from ppomax.engine.attention import ATTENTION
 from ppomax.engine.batch import PackedBatch, pack
 from ppomax.engine.config import OptimConfig, RolloutConfig, RuntimeConfig
 from ppomax.engine.errors import InputError
@@ -27,6 +28,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 HOST = torch.device("cpu")
 MODES = ["none", "selective", "layer"]
@@ -171,6 +173,18 @@ def test_a_copy_runs_its_own_layers(new_policy: Any) -> None:
         for parameter in model.parameters():
             parameter.zero_()
     assert twin.hidden(batch_of(5)).abs().max() > 0
+
+
+@checkpointed
+def test_layers_that_are_called_with_several_positions(mode: str) -> None:
+    config = AutoConfig.for_model("gpt2", vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        plain = CausalModel(AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
+    ours = CausalModel(copy.deepcopy(plain.model), replace(CPU, layers=LayerOptions(mode)))
+    expected = gradients(plain, batch_of(20, 9))
+    for name, gradient in gradients(ours, batch_of(20, 9)).items():
+        assert torch.equal(gradient, expected[name]), name
 
 
 def test_a_model_without_marked_layers() -> None:

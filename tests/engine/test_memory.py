@@ -1,6 +1,7 @@
 """The plan's memory against the live tensor bytes of real runs, which the profiler's record of allocations gives."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from ppomax.engine.models import CausalModel, Model, Placement, ScalarModel
 from ppomax.engine.ppo import PPO
 from ppomax.engine.rewards import ModelReward
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
@@ -212,6 +214,23 @@ def test_frozen_models_may_wait_on_the_host(h200: Chip) -> None:
     assert made.host == frozen
 
 
+def test_the_base_of_adapters_stays_on_the_gpu(h200: Chip) -> None:
+    offload = {"device": "auto", "offload_frozen": True}
+    made = planned(small(**{**ON_GPU, "runtime": offload}, lora={"rank": 4}), h200)
+    held = {c.name: c for c in made.components}
+    assert [c.name for c in made.components if c.on_host] == ["weights reward"]
+    for phase in made.phases:
+        assert phase.resident["weights reference"] == held["weights reference"].bytes
+
+
+@pytest.mark.parametrize(
+    "rollout", [{"stop": ["###"]}, {"attention": "torch", "block_size": 256}, {"attention": "triton"}], ids=str
+)
+def test_settings_of_the_rollout_that_need_a_run(rollout: dict[str, Any], h200: Chip) -> None:
+    made = planned(small(**{**ON_GPU, "rollout": {**ON_GPU["rollout"], "kv_blocks": 8, **rollout}}), h200)
+    assert made.phase("rollout").peak > CUDA_RESERVE
+
+
 def test_a_sleeping_cache_is_there_in_rollouts_alone(h200: Chip) -> None:
     sleeping = {**ON_GPU, "rollout": {**ON_GPU["rollout"], "sleep": True}}
     plain, made = planned(small(**ON_GPU), h200), planned(small(**sleeping), h200)
@@ -242,6 +261,31 @@ def test_several_gpus_share_weights_states_and_gradients(h200: Chip) -> None:
     assert four.phase("update policy").communication == 0.75 * (2 * weights + 4 * parameters) * micros
 
 
+def test_copies_of_the_weights_are_sharded_each_by_itself(h200: Chip) -> None:
+    pairs = {**ON_GPU, "runtime": {"device": "auto", "shard_size": 2}}
+    two, four = planned(small(**ON_GPU), h200, gpus=2), planned(small(**pairs), h200, gpus=4)
+    halves, held = ({c.name: c.bytes for c in made.components} for made in (two, four))
+    for name in ("weights policy", "moments critic"):
+        assert held[name] == halves[name]
+    assert four.batches.process_rollouts == 2
+    gradients = 4 * four.parameters["policy"]
+    weights = 2 * halves["weights policy"]
+    between_copies = 2 * 0.5 * gradients / 2
+    expected = 2 * (0.5 * (2 * weights + gradients) + between_copies)  # two steps
+    assert four.phase("update policy").communication == pytest.approx(expected, rel=1e-3)
+    with pytest.raises(InputError, match=r"RuntimeConfig\.shard_size = 2: expected a divisor of the 3 GPUs"):
+        planned(small(**pairs), h200, gpus=3)
+
+
+def test_every_process_loads_all_models_whole(h200: Chip) -> None:
+    one, four = planned(small(**ON_GPU), h200), planned(small(**ON_GPU), h200, gpus=4)
+    whole = sum(c.bytes for c in one.components if c.name.startswith("weights"))
+    assert one.loading == four.loading == whole + CUDA_RESERVE
+    assert one.loading < one.peak
+    tight = replace(h200, memory=four.loading - 1)
+    assert not planned(small(**ON_GPU), tight, gpus=4).fits
+
+
 @pytest.mark.parametrize(
     ("lengths", "gpus", "changes", "message"),
     [
@@ -261,6 +305,19 @@ def test_impossible_numbers_are_refused(lengths: Lengths, gpus: int, changes: di
 def test_float32_is_not_planned_for_a_gpu() -> None:
     with pytest.raises(InputError, match=r"RuntimeConfig\.dtype = 'float32'"):
         planned(small(runtime={"dtype": "float32"}), chip("h200"))
+
+
+def test_the_exact_mode_is_not_planned() -> None:
+    with pytest.raises(InputError, match=r"RuntimeConfig\.exact = True: the exact mode is not planned"):
+        planned(small(runtime={"exact": True}))
+
+
+def test_a_plan_leaves_torch_as_it_was() -> None:
+    before = torch.get_rng_state(), torch.get_default_dtype(), torch.is_grad_enabled()
+    planned(small(lora={"rank": 4}, entropy_coef=0.011))
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (torch.get_default_dtype(), torch.is_grad_enabled()) == before[1:]
+    assert not isinstance(torch.empty(1), FakeTensor)
 
 
 def test_live_bytes_see_what_is_freed_and_what_is_shared() -> None:

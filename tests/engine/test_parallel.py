@@ -19,15 +19,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax.engine import cli
+from ppomax.engine import cli, evaluation
 from ppomax.engine.batch import Request, Rollout, deal, deal_requests, pack, plan_minibatches, quotas, split_evenly
-from ppomax.engine.config import RuntimeConfig
+from ppomax.engine.config import RolloutConfig, RuntimeConfig
 from ppomax.engine.errors import InputError
 from ppomax.engine.metrics import read_metrics
-from ppomax.engine.parallel import ALONE, Ranks, _mesh
+from ppomax.engine.parallel import ALONE, Ranks, _mesh, _start
+from ppomax.engine.rollout import RolloutEngine
 from ppomax.engine.runs import RunFolder
 
-from .parallel_worker import FORMS, SCHEDULE, new_policy, new_scalar
+from .parallel_worker import FORMS, PROMPTS, SCHEDULE, STOPS, new_policy, new_scalar
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 CPU = torch.device("cpu")
@@ -35,6 +36,7 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-12
 # In float32, over whole runs; found are 3e-6 and less.
 FLOAT32 = 1e-4
+CHECKS = ["ppo", "lora", "partial", "one samples", "resharding", "errors", "offloading", "copies"]
 
 
 def torchrun(processes: int, folder: Path, checks: Sequence[str], commands: Sequence[Sequence[str]] = ()) -> Any:
@@ -63,7 +65,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, arguments: Callable) -> Any:
     cut_short(folder / "ppo 1", folder / "ppo 1 to 2")
     commands = [arguments(name, folder / f"{name} 2", **extra) for name in names]
     commands.append(["ppo", "--resume", str(folder / "ppo 1 to 2")])
-    found = torchrun(2, folder, ["ppo", "lora", "partial", "resharding", "errors", "offloading", "copies"], commands)
+    found = torchrun(2, folder, CHECKS, commands)
     cut_short(folder / "ppo 2", folder / "ppo 2 to 1")
     cli.main(["ppo", "--resume", str(folder / "ppo 2 to 1")])
     return found | {"folder": folder}
@@ -106,6 +108,11 @@ def test_unequal_token_budgets_do_not_deadlock(runs: Any) -> None:
 
 def test_responses_left_under_way_are_known_to_all(runs: Any) -> None:
     assert runs["partial"] == {"trained on": [12, 12], "under way": 4, "equal everywhere": True, "finite": True}
+
+
+def test_a_process_may_have_nothing_to_sample(runs: Any) -> None:
+    assert runs["one samples"]["same tokens"]
+    assert runs["one samples"]["weights"] < TOLERANCE
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -282,6 +289,18 @@ def test_processes_need_devices_of_their_own(monkeypatch: pytest.MonkeyPatch) ->
         Ranks.of(RuntimeConfig(device="cuda:1"))
 
 
+def test_one_process_takes_the_gpu_that_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *args, **options: None)
+    monkeypatch.setattr("atexit.register", lambda *args: None)
+    _start(1, True, "cuda:1")
+    assert taken == [1]
+    with pytest.raises(InputError, match="no GPU of number 2, which this process needs: this machine has 2"):
+        _start(1, True, "cuda:2")
+
+
 def test_copies_of_the_weights_need_as_many_processes_each() -> None:
     with pytest.raises(InputError, match=r"RuntimeConfig.shard_size = 3: expected a divisor of the 4 processes"):
         _mesh("cpu", 4, 3)
@@ -290,6 +309,15 @@ def test_copies_of_the_weights_need_as_many_processes_each() -> None:
 def test_offloading_frozen_models_changes_nothing_on_a_cpu() -> None:
     ranks = Ranks.of(RuntimeConfig(device="cpu", offload_frozen=True))
     assert (ranks.size, ranks.mesh, ranks.offloads) == (1, None, False)
+
+
+def test_an_evaluation_leaves_no_graph_of_gathered_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = new_policy(0)
+    engine = RolloutEngine(policy, RolloutConfig(max_response=3, max_running=2, block_size=4), STOPS, 16)
+    engine.decoder.graphs[1] = None  # type: ignore[assignment]
+    monkeypatch.setattr(evaluation, "is_sharded", lambda model: True)
+    evaluation.answer_and_judge(engine, policy, PROMPTS[:2], {}, micro_batch_tokens=64, seed=0)
+    assert not engine.decoder.graphs
 
 
 def test_commands_for_one_process_say_so(ppomax: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
