@@ -70,8 +70,8 @@ class RunPlan:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         self._print(
-            f"memory: {peak / MIB:,.0f} MiB resident at the process's peak, all of Python in it, "
-            f"{planned.peak / MIB:,.0f} of tensors planned"
+            f"memory: {planned.peak / MIB:,.0f} MiB of tensors planned; the process was at {peak / MIB:,.0f} at most, "
+            "stages before this one, libraries and what the allocator keeps included"
         )
 
     def _compare_times(self) -> None:
