@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from math import prod
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
@@ -21,13 +19,6 @@ class Entry(NamedTuple):
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str
-    """safetensors' name: F32, BF16, ..."""
-
-    @property
-    def nbytes(self) -> int:
-        bits = re.search(r"\d+", self.dtype)
-        return prod(self.shape) * (int(bits[0]) if bits else 8) // 8
 
 
 class StoredWeights:
@@ -89,6 +80,6 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(str(file), framework="pt") as handle:
             views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {name: Entry(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
+            return {name: Entry(file, tuple(view.get_shape())) for name, view in views.items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({first_line(error)})") from None

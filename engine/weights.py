@@ -29,11 +29,6 @@ SHARD_SIZE = "5GB"
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def stored_bytes(folder: str | Path) -> int:
-    """Bytes of the weights in a model folder, from the headers of its files."""
-    return sum(entry.nbytes for entry in StoredWeights(folder).entries.values())
-
-
 class _Pending:
     """A stored tensor in the shape of safetensors' slices: transformers reads it, with [...], when its turn comes."""
 
