@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ from .exact import pad_to_tiles
 from .flash import check_fits, resolve_packed
 from .layers import LayerOptions, check_liger, prepare_layers
 from .linear import linear, speed_up, tiled_linear
-from .weights import load_pretrained
+from .weights import arrive, copy_of, load_pretrained
 
 transformers_logging.disable_progress_bar()
 transformers_logging.set_verbosity_error()
@@ -61,6 +61,8 @@ class Placement:
     """Of packed sequences: flash-attn, torch or sdpa (`flash.py`)."""
     deterministic: bool = False
     layers: LayerOptions = field(default_factory=LayerOptions)
+    deferred: bool = False
+    """Loaded weights wait in their files until `Ranks.shard` brings them here, layer by layer"""
 
     @classmethod
     def of(cls, runtime: RuntimeConfig) -> Placement:
@@ -116,7 +118,7 @@ class _Trunk(nn.Module):
         # eval(): dropout anywhere would make old and new log-probs differ.
         self.model = model.eval()
         self.placement, self.exact = placement, placement.exact
-        self.home: torch.device | None = None
+        self.home: torch.device | None = placement.device if placement.deferred else None
         """Where it computes, if its weights may wait elsewhere"""
         speed_up(model)
         check_fits(placement.attention, model.config)
@@ -147,6 +149,10 @@ class _Trunk(nn.Module):
         """Last hidden states `[T, H]` of a packed batch."""
         return self.trunk(batch.tokens, batch.positions, self.packed(batch.lengths))
 
+    def check_packing(self) -> None:
+        """Raise InputError unless the engine computes what the model by itself does; without gradients."""
+        _check_packing(self)
+
     def packed(self, lengths: Sequence[int]) -> Varlen:
         """How sequences of these lengths, packed, attend."""
         place = self.placement
@@ -158,7 +164,7 @@ class _Trunk(nn.Module):
 class CausalModel(_Trunk):
     """A causal language model: policy, reference, or the trunk that SFT trains."""
 
-    entries = ("logprobs", "policy_loss", "cross_entropy")
+    entries = ("logprobs", "policy_loss", "cross_entropy", "check_packing")
 
     @property
     def head(self) -> dict[str, Any]:
@@ -204,7 +210,7 @@ class CausalModel(_Trunk):
 class ScalarModel(_Trunk):
     """A trunk with a bias-free scalar head: critic or reward model (a one-label sequence classifier)."""
 
-    entries = ("values", "scores", "value_loss")
+    entries = ("values", "scores", "value_loss", "check_packing")
 
     def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """float32 (float64 where the model is) scalars of the hidden states `[T, H]` at `rows`."""
@@ -244,6 +250,7 @@ def _product(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 Model = CausalModel | ScalarModel
+AnyModel = TypeVar("AnyModel", CausalModel, ScalarModel)
 
 
 def load_policy(folder: str | Path, placement: Placement = CPU) -> CausalModel:
@@ -256,8 +263,7 @@ def load_policy(folder: str | Path, placement: Placement = CPU) -> CausalModel:
     if _is_classifier(folder):
         raise InputError(f"{folder}: holds a sequence classifier, expected a causal language model")
     policy = CausalModel(_load(AutoModelForCausalLM, folder, placement), placement)
-    _check_packing(policy, folder)
-    return policy
+    return _checked(policy)
 
 
 def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
@@ -277,8 +283,7 @@ def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarM
     head = getattr(model.model, "score", None)
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise InputError(f"{folder}: {type(model.model).__name__} has no bias-free linear head `score`, expected one")
-    _check_packing(model, folder)
-    return model
+    return _checked(model)
 
 
 def load_critic(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
@@ -307,6 +312,16 @@ def scalar_from_causal(causal: CausalModel, std: float, generator: torch.Generat
     shell.score = nn.Linear(width, 1, bias=False, device="meta")
     shell.score.weight = nn.Parameter(head.to(weight))
     return ScalarModel(shell, causal.placement)
+
+
+def trainable_copy(model: AnyModel, placement: Placement) -> AnyModel:
+    """A model with the same weights and memory of its own on `placement`, to be trained where `model` is frozen."""
+    waits = model.placement.deferred
+    copied = copy_of(model, shared=waits)
+    if waits and not placement.deferred:
+        arrive(copied, placement.device, placement.dtype)
+        copied.placement, copied.home = placement, None
+    return copied
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -340,7 +355,7 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: _Trunk, folder: 
 
 def _load(auto: Any, folder: str | Path, placement: Placement, **options: Any) -> PreTrainedModel:
     try:
-        return load_pretrained(auto, folder, placement.device, placement.dtype, **options)
+        return load_pretrained(auto, folder, placement.device, placement.dtype, mapped=placement.deferred, **options)
     except InputError:
         raise
     except Exception as error:
@@ -364,14 +379,22 @@ def _is_classifier(folder: str | Path) -> bool:
     return any(name.endswith("ForSequenceClassification") for name in _read_config(folder).architectures or [])
 
 
+def _checked(model: AnyModel) -> AnyModel:
+    """`model`, once it is known to fit; one that is deferred is checked when its weights are there."""
+    if not model.placement.deferred:
+        model.check_packing()
+    return model
+
+
 @torch.no_grad()
-def _check_packing(model: Model, folder: str | Path) -> None:
+def _check_packing(model: _Trunk) -> None:
     """Run a short sequence in two packs and alone: raise InputError unless the engine computes what the model does.
 
     This catches what no configuration field tells for sure: layers that look across a sequence's start
     (convolutions, linear attention), attention of a kind unknown here (sinks, biases), and logits that are scaled or
     capped in a way unknown here.
     """
+    folder = model.config.name_or_path
     tokens = torch.tensor([[1, 2, 3, 4, 5], [6, 7, 8, 4, 5]], device=model.device)
     tokens %= model.model.get_input_embeddings().weight.shape[0]
     positions = torch.tensor([0, 1, 2, 0, 1], device=model.device)
@@ -391,7 +414,7 @@ def _check_packing(model: Model, folder: str | Path) -> None:
         )
 
 
-def _output_alone(model: Model, tokens: Tensor) -> Tensor:
+def _output_alone(model: _Trunk, tokens: Tensor) -> Tensor:
     """What transformers computes for one sequence with its plain attention: logits, or hidden states under a score."""
     causal = isinstance(model, CausalModel)
     model.model.set_attn_implementation("eager")

@@ -15,6 +15,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +36,8 @@ from .batch import deal, pack, split_evenly
 from .config import RuntimeConfig
 from .errors import InputError
 from .layers import decoder_layers
+from .models import Placement
+from .weights import arrive
 
 T = TypeVar("T")
 Stats = TypeVar("Stats", bound=NamedTuple)
@@ -144,23 +147,37 @@ class Ranks:
 
     # Models
 
+    def shards(self, *, frozen: bool = False) -> bool:
+        """Whether `shard` does anything to a model."""
+        return self.mesh is not None and (self.size > 1 or frozen)
+
+    def placement(self, placement: Placement, *, frozen: bool = False) -> Placement:
+        """For a model to be loaded: what `shard` will bring in is not read before."""
+        return replace(placement, deferred=self.shards(frozen=frozen))
+
     def shard(self, model: Any, *, frozen: bool = False) -> None:
         """Leave this process its rows of the model's weights, or with `offloads` of a frozen one none on the GPU.
+
+        Where these are deferred (`Placement`) they arrive here: of all models no more than one layer, or what is
+        outside the layers, is whole at any time.
 
         From then on the methods that `model.entries` names, and `gathered`, are the ways to compute with it. Gradients
         are summed over the processes, in float32 where the weights are halves.
         """
-        if self.mesh is None or isinstance(model, FSDPModule) or (self.size == 1 and not frozen):
+        if not self.shards(frozen=frozen) or isinstance(model, FSDPModule):
             return
-        device, dtype = model.device, next(model.parameters()).dtype
+        device, place, dtype = model.device, model.placement, _only_dtype(model)
+        if place.deferred:
+            dtype = place.dtype
         options: dict[str, Any] = {
             "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32)),
             "offload_policy": _offload() if frozen and self.offloads else OffloadPolicy(),
         }
-        for layer in decoder_layers(model):
-            fully_shard(layer, **options)
-        fully_shard(model, **options)
+        for part in [*decoder_layers(model), model]:
+            if place.deferred:
+                arrive(part, device, dtype)
+            fully_shard(part, **options)
         parts = _parts(model)
         for part, before in zip(parts, [parts[-1], *parts[:-1]], strict=True):
             part.set_gradient_divide_factor(1.0)
@@ -173,6 +190,8 @@ class Ranks:
         model.home = device
         with torch.no_grad():  # the first forward pass tells the root from its layers
             getattr(model, model.entries[0])(pack([], [], device))
+            if place.deferred:
+                model.check_packing()
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
@@ -252,6 +271,18 @@ def _value(outcome: Any) -> Any:
     if error is not None:
         raise error
     return value
+
+
+def _only_dtype(model: nn.Module) -> torch.dtype:
+    """Of all weights, which FSDP2 gathers as one tensor."""
+    first, *others = model.named_parameters()
+    for name, parameter in others:
+        if parameter.dtype != first[1].dtype:
+            raise InputError(
+                f"{name} is in {parameter.dtype}, {first[0]} in {first[1].dtype}: expected one precision of all "
+                "weights where several processes share them"
+            )
+    return first[1].dtype
 
 
 def _parts(model: nn.Module) -> list[Any]:

@@ -70,7 +70,7 @@ def train_reward_model(
     ranks = Ranks.of(config.runtime)
     pairs = read_pairs(inputs["data"], inputs["on_bad"])
     tokenizer = load_tokenizer(model)
-    causal = load_policy(model, Placement.of(config.runtime))
+    causal = load_policy(model, ranks.placement(Placement.of(config.runtime)))
     check_vocabulary(tokenizer, causal, model)
     trainee = _RewardModel(config, causal, tokenizer, template, on_bad, pairs, ranks)
     run = RunFolder.create(out, "rm", inputs, config, overwrite=overwrite, ranks=ranks)
@@ -83,7 +83,7 @@ def resume_reward_model(folder: str | Path) -> Path:
     inputs, config = run.inputs("rm"), run.config(RewardModelConfig)
     checkpoint = run.latest_checkpoint()
     run = replace(run, ranks=Ranks.of(config.runtime))
-    causal = load_policy(checkpoint / "language_model", Placement.of(config.runtime))
+    causal = load_policy(checkpoint / "language_model", run.ranks.placement(Placement.of(config.runtime)))
     tokenizer = load_tokenizer(checkpoint / "language_model")
     trainee = _RewardModel(
         config, causal, tokenizer, inputs["template"], inputs["on_bad"],
@@ -108,7 +108,7 @@ def _finish(run: RunFolder, trainee: _RewardModel, start: int) -> Path:
 class _TwoHeads(nn.Module):
     """A scalar head and an LM head on one trunk."""
 
-    entries = ("margins", "losses")
+    entries = ("margins", "losses", "check_packing")
 
     def __init__(self, causal: CausalModel, scalar: ScalarModel) -> None:
         super().__init__()
@@ -118,6 +118,14 @@ class _TwoHeads(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.home
+
+    @property
+    def placement(self) -> Placement:
+        return self.scalar.placement
+
+    def check_packing(self) -> None:
+        """As each of the two has it."""
+        self.causal.check_packing()
 
     def losses(self, batch: PackedBatch, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
         """Ranking loss, accuracy and imitation loss of a micro-batch, as its parts of means over `pairs`."""

@@ -7,11 +7,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .errors import InputError, first_line
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Entry(NamedTuple):
@@ -19,6 +22,8 @@ class Entry(NamedTuple):
 
     file: Path
     shape: tuple[int, ...]
+    dtype: str
+    """As safetensors calls it: F32, BF16"""
 
 
 class StoredWeights:
@@ -59,6 +64,12 @@ class StoredWeights:
                 raise InputError(f"{file}: no such file, but {index.name} says that it holds {min(names)}")
         return dict(sorted(files.items()))
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """That of all tensors, if they have the same one and it is of floating point."""
+        found = {entry.dtype for entry in self.entries.values()}
+        return _DTYPES.get(found.pop()) if len(found) == 1 else None
+
     def read(self, name: str, index: Any = ...) -> Tensor:
         """A tensor, or the part of it that `index` (slices) selects: a view into the mapped file."""
         file = self.entries[name].file
@@ -80,6 +91,6 @@ def _header(file: Path) -> dict[str, Entry]:
     try:
         with safe_open(str(file), framework="pt") as handle:
             views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            return {name: Entry(file, tuple(view.get_shape())) for name, view in views.items()}
+            return {name: Entry(file, tuple(view.get_shape()), view.get_dtype()) for name, view in views.items()}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{file}: not a whole safetensors file ({first_line(error)})") from None

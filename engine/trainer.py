@@ -27,6 +27,7 @@ from .models import (
     load_critic,
     load_policy,
     load_tokenizer,
+    trainable_copy,
 )
 from .parallel import Ranks
 from .ppo import PPO
@@ -35,7 +36,6 @@ from .rewards import ModelReward, Reward, RewardFunction, Source, is_function, m
 from .run_plan import RunPlan
 from .runs import Inputs, RunFolder
 from .templates import Encoded, Style, Template, encode_all
-from .weights import copy_of
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class PPOTrainer:
     ) -> None:
         self.config, self.inputs = config, inputs
         self.iteration, self.critic_ready = 0, config.critic_pretrain_iterations == 0
-        self.ranks = Ranks.of(config.runtime)
+        self.ranks = ranks = Ranks.of(config.runtime)
         placement = Placement.of(config.runtime)
         self.tokenizer = load_tokenizer(inputs["policy"])
         self.template = Template(self.tokenizer, inputs["template"])
@@ -142,7 +142,7 @@ class PPOTrainer:
         lora = config.lora.rank > 0
         if lora:
             check_lora(config.lora, inputs["critic"])
-        base = load_policy(inputs["policy"], placement)
+        base = load_policy(inputs["policy"], placement if lora else ranks.placement(placement, frozen=True))
         check_vocabulary(self.tokenizer, base, inputs["policy"])
         if config.eval_every and not self.eval_prompts:
             raise InputError("PPOConfig.eval_every > 0 needs held-out prompts: set held_out, or give files of them")
@@ -152,10 +152,10 @@ class PPOTrainer:
         if lora:
             policy, reference, critic = adapt(base, config.lora, config.runtime.seed, checkpoint)
         else:
-            reference = base
-            policy = load_policy(checkpoint / "policy", placement) if checkpoint else copy_of(base)
+            reference, trained = base, ranks.placement(placement)
+            policy = load_policy(checkpoint / "policy", trained) if checkpoint else trainable_copy(base, trained)
             folder = checkpoint / "critic" if checkpoint else _critic_folder(inputs, reward)
-            critic = self._make_critic(folder, placement, frozen)
+            critic = self._make_critic(folder, trained, frozen)
         self.ppo = PPO(
             config,
             policy=policy,
@@ -167,7 +167,7 @@ class PPOTrainer:
             stop_tokens=self.template.eos_token_ids,
             ptx=self._ptx_dialogues(),
             decode=self.tokenizer.decode,
-            ranks=self.ranks,
+            ranks=ranks,
         )
 
     def _read_prompts(self) -> tuple[list[Prompt], list[Prompt]]:
@@ -199,7 +199,7 @@ class PPOTrainer:
     def _make_critic(self, folder: str | Path, placement: Placement, frozen: Mapping[Path, Model]) -> ScalarModel:
         """The critic in `folder`: where a frozen model came from there, a copy of it in memory, not a second read."""
         loaded = frozen.get(Path(folder).resolve())
-        critic = load_critic(folder, placement) if loaded is None else copy_of(as_critic(loaded))
+        critic = load_critic(folder, placement) if loaded is None else trainable_copy(as_critic(loaded), placement)
         check_same_tokenizer(self.tokenizer, load_tokenizer(folder), f"the policy and the critic in {folder}")
         check_vocabulary(self.tokenizer, critic, folder)
         return critic

@@ -1,6 +1,8 @@
 """Weights between files and a device: read tensor by tensor with one file open at a time, written file by file.
 
-Host memory beyond the model itself stays within one file (shard) and the few tensors that are on their way.
+Host memory beyond the model itself stays within one file (shard) and the few tensors that are on their way. A model
+that several processes will share is not read when it is loaded: it is mapped, and each of its layers is read when it
+arrives at the process's device (`arrive`).
 """
 
 from __future__ import annotations
@@ -32,12 +34,13 @@ Module = TypeVar("Module", bound=nn.Module)
 class _Pending:
     """A stored tensor in the shape of safetensors' slices: transformers reads it, with [...], when its turn comes."""
 
-    def __init__(self, stored: StoredWeights, name: str, device: torch.device, dtype: torch.dtype) -> None:
-        self.stored, self.name, self.device, self.dtype = stored, name, device, dtype
+    def __init__(self, stored: StoredWeights, name: str, detached: torch.dtype | None) -> None:
+        """`detached`: the dtype of tensors to copy, see `_detached`."""
+        self.stored, self.name, self.detached = stored, name, detached
 
     def __getitem__(self, index: Any) -> Tensor:
         tensor = self.stored.read(self.name, index)
-        return _detached(tensor) if self.device.type == "cpu" and tensor.dtype == self.dtype else tensor
+        return _detached(tensor) if tensor.dtype == self.detached else tensor
 
 
 def _detached(tensor: Tensor) -> Tensor:
@@ -49,23 +52,29 @@ def _detached(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
-def load_pretrained(auto: Any, folder: str | Path, device: torch.device, dtype: torch.dtype, **options: Any) -> Any:
+def load_pretrained(
+    auto: Any, folder: str | Path, device: torch.device, dtype: torch.dtype, *, mapped: bool = False, **options: Any
+) -> Any:
     """`auto.from_pretrained`, straight onto `device` in `dtype`, with the files read by `StoredWeights`.
 
     `options` go into the configuration. Parameters are in `dtype`; buffers (rotary frequencies) are as a new model has
-    them.
+    them. With `mapped` parameters are views into the files instead, in the files' own precision where that is one,
+    until they `arrive`.
 
     Raises:
         InputError: files that are missing or broken, weights that are missing, weights of a wrong shape.
     """
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
     stored = StoredWeights(folder)
+    if mapped:
+        device, dtype = torch.device("cpu"), stored.dtype or dtype
+    detached = dtype if device.type == "cpu" and not mapped else None
     # A class of transformers takes tensors in the place of a folder, its auto classes do not.
     shell = empty_model(auto, config, dtype)
     model, info = type(shell).from_pretrained(
         None,
         config=shell.config,
-        state_dict={name: _Pending(stored, name, device, dtype) for name in stored.entries},
+        state_dict={name: _Pending(stored, name, detached) for name in stored.entries},
         dtype=dtype,
         device_map=None if device.type == "cpu" else {"": device},
         attn_implementation=ATTENTION,
@@ -77,7 +86,7 @@ def load_pretrained(auto: Any, folder: str | Path, device: torch.device, dtype: 
         raise InputError(_wrong_shape(stored, name, found, expected))
     if missing := sorted(info["missing_keys"]):
         raise InputError(_missing(stored, missing))
-    if device.type == "cpu":
+    if detached:
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.dtype != dtype:  # kept in a precision of their own
                 tensor.data = _detached(tensor.data)
@@ -114,9 +123,23 @@ def empty_model(auto: Any, config: Any, dtype: torch.dtype) -> Any:
 # In memory
 
 
-def copy_of(model: Module) -> Module:
-    """A model of its own with the same weights, on the same device, to be trained where `model` is frozen."""
-    return copy.deepcopy(model).requires_grad_(True)
+def copy_of(model: Module, *, shared: bool = False) -> Module:
+    """A model of its own with the same weights, on the same device, to be trained where `model` is frozen.
+
+    `shared`: over the same memory, for weights that wait in their files until they `arrive`.
+    """
+    memory = {id(p): nn.Parameter(p.detach()) for p in model.parameters()} if shared else {}
+    return copy.deepcopy(model, memory).requires_grad_(True)
+
+
+def arrive(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Give what the module has, but for what is sharded already, memory of its own on `device`, parameters in `dtype`.
+    What is tied stays so."""
+    for parameter in module.parameters():
+        if not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.to(device, dtype, copy=True)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 def cast(model: Module, device: torch.device, dtype: torch.dtype) -> Module:

@@ -17,19 +17,21 @@ from typing import Any
 
 import torch
 import transformers
-from ppomax.engine import cli
+from ppomax.engine import cli, parallel
 from ppomax.engine.attention import ATTENTION
 from ppomax.engine.batch import Prompt, Rollout, pack_rollouts
 from ppomax.engine.config import LoRAConfig, OptimConfig, PPOConfig, RewardConfig, RolloutConfig, RuntimeConfig
 from ppomax.engine.errors import InputError
+from ppomax.engine.layers import decoder_layers
 from ppomax.engine.lora import add_adapters
-from ppomax.engine.models import CausalModel, ScalarModel, scalar_from_causal
+from ppomax.engine.models import CausalModel, Placement, ScalarModel, load_policy, scalar_from_causal
 from ppomax.engine.optim import Optimizer
 from ppomax.engine.parallel import ALONE, Ranks
 from ppomax.engine.ppo import PPO
 from ppomax.engine.rewards import FunctionReward, ModelReward
 from ppomax.engine.templates import Encoded
 from ppomax.engine.tensors import put_back, take_out, write_tensors
+from ppomax.engine.weights import arrive
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -346,6 +348,38 @@ def offloading(ranks: Ranks) -> dict[str, Any]:
     }
 
 
+def loading(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """A model stored in float32 and taken in bfloat16: bytes of it that are whole at a time, and what it computes."""
+    if ranks.is_main:
+        sizes = {"num_hidden_layers": 4, "intermediate_size": 96}
+        new_policy(8, torch.float32, **sizes).model.save_pretrained(folder / "stored", max_shard_size="50KB")
+    ranks.barrier()
+    half = Placement(torch.device("cpu"), torch.bfloat16)
+    plain, model = load_policy(folder / "stored", half), load_policy(folder / "stored", ranks.placement(half))
+    files = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if str(folder) in line]
+    spans = [[int(end, 16) for end in fields[0].split("-")] for fields in files]
+    stored = {p.data_ptr() for p in model.parameters()}
+    mapped = [any(low <= address < high for low, high in spans) for address in stored]
+    whole = []
+
+    def arrive_and_note(*args: Any) -> None:
+        arrive(*args)
+        there = (p for p in model.parameters() if not isinstance(p, DTensor) and p.data_ptr() not in stored)
+        whole.append(sum(p.nbytes for p in there))
+
+    parallel.arrive = arrive_and_note  # type: ignore[attr-defined]
+    try:
+        ranks.shard(model)
+    finally:
+        parallel.arrive = arrive  # type: ignore[attr-defined]
+    batch = pack_rollouts([Rollout(draw(3, 1), draw(9, 2), torch.zeros(9), True, [0] * 9)], half.device)
+    with torch.no_grad():
+        equal = torch.equal(model.logprobs(batch)[0], plain.logprobs(batch)[0])
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(plain)]
+    outside = sum(p.nbytes for p in plain.parameters()) - sum(layers)
+    return {"mapped": all(mapped), "whole": whole, "pieces": [*layers, outside], "equal": equal}
+
+
 def main(tasks: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     ranks = Ranks.of(CPU)
@@ -358,6 +392,7 @@ def main(tasks: dict[str, Any]) -> None:
         "resharding": lambda: resharding(ranks, Path(tasks["folder"])),
         "errors": lambda: errors(ranks),
         "offloading": lambda: offloading(ranks),
+        "loading": lambda: loading(ranks, Path(tasks["folder"])),
         "copies": lambda: compare_copies(ranks),
         "resharding of copies": lambda: resharding(two_copies(ranks), Path(tasks["folder"]) / "copies"),
     }

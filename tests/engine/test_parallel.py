@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 TOLERANCE = 1e-12
 # In float32, over whole runs; found are 3e-6 and less.
 FLOAT32 = 1e-4
-CHECKS = ["ppo", "lora", "partial", "one samples", "resharding", "errors", "offloading", "copies"]
+CHECKS = ["ppo", "lora", "partial", "one samples", "resharding", "errors", "offloading", "loading", "copies"]
 
 
 def torchrun(processes: int, folder: Path, checks: Sequence[str], commands: Sequence[Sequence[str]] = ()) -> Any:
@@ -147,6 +147,14 @@ def test_an_error_on_one_process_is_one_on_all(runs: Any) -> None:
     assert "ZeroDivisionError" in found["messages"][0]
     different = "prompts: the processes have read different ones; all need the same files"
     assert found["different"] == [different] * 2
+
+
+def test_a_shared_model_is_read_layer_by_layer(runs: Any) -> None:
+    """Before that it is nowhere but in its files."""
+    loading = runs["loading"]
+    assert loading["mapped"]
+    assert loading["whole"] == loading["pieces"]
+    assert loading["equal"]
 
 
 def test_a_frozen_model_is_sharded_and_may_wait_in_host_memory(runs: Any) -> None:

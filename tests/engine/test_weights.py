@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from ppomax.engine.builtin import new_model as new_builtin
 from ppomax.engine.checkpoint import save_model
 from ppomax.engine.config import PPOConfig
 from ppomax.engine.errors import InputError
-from ppomax.engine.models import CPU, CausalModel, Placement, ScalarModel, load_policy, load_reward_model
+from ppomax.engine.models import (
+    CPU,
+    CausalModel,
+    Placement,
+    ScalarModel,
+    load_policy,
+    load_reward_model,
+    trainable_copy,
+)
+from ppomax.engine.parallel import Ranks
 from ppomax.engine.stored import StoredWeights
 from ppomax.engine.trainer import PPOTrainer
 from ppomax.engine.weights import (
@@ -30,7 +39,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 HALF = Placement(torch.device("cpu"), torch.bfloat16)
 INDEX = "model.safetensors.index.json"
@@ -189,6 +204,77 @@ def test_a_sharded_model_is_saved_whole(
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), expected.model.state_dict())
     assert json.loads(before["config.json"]) == json.loads((tmp_path / "plain" / "config.json").read_text())
     assert StoredWeights(tmp_path).entries.keys() == StoredWeights(tmp_path / "plain").entries.keys()
+
+
+@pytest.fixture
+def alone() -> Iterator[Ranks]:
+    """One process whose frozen models wait in host memory."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield Ranks(0, 1, init_device_mesh("cpu", (1,)), offloads=True)
+    dist.destroy_process_group()
+
+
+@tied_or_not
+def test_a_trained_model_beside_a_frozen_one_that_is_not_read_yet(
+    tied: bool, alone: Ranks, tmp_path: Path, new_model: Callable[..., Any]
+) -> None:
+    save_weights(new_model(tie_word_embeddings=tied), tmp_path)
+    before = load_file(tmp_path / "model.safetensors")
+    waiting, trained = alone.placement(HALF, frozen=True), alone.placement(HALF)
+    assert (waiting.deferred, trained.deferred) == (True, False)
+    frozen = load_policy(tmp_path, waiting)
+    policy = trainable_copy(frozen, trained)
+    assert_same(policy.model, load_policy(tmp_path, HALF).model.state_dict())
+    assert (policy.model.lm_head.weight is policy.model.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.zero_()
+    assert all(parameter.requires_grad for parameter in policy.parameters())
+    alone.shard(frozen.requires_grad_(False), frozen=True)
+    for name, parameter in frozen.model.named_parameters():
+        assert torch.equal(parameter.to_local(), before[name].bfloat16()), name
+
+
+def test_two_models_of_the_same_files_part_when_they_arrive(alone: Ranks, sharded: Path) -> None:
+    one = load_policy(sharded, alone.placement(CPU, frozen=True))
+    other = trainable_copy(one, one.placement)
+    stored = {p.data_ptr() for p in one.parameters()}
+    assert stored == {p.data_ptr() for p in other.parameters()}
+    for model in (one, other):
+        alone.shard(model, frozen=True)
+    addresses = [p.to_local().data_ptr() for model in (one, other) for p in model.parameters()]
+    assert len({*addresses, *stored}) == len(addresses) + len(stored)
+
+
+def test_an_architecture_that_does_not_fit_is_refused_when_it_arrives(alone: Ranks, tmp_path: Path) -> None:
+    config = AutoConfig.for_model("granite", logits_scaling=4.0, vocab_size=61, hidden_size=32, num_hidden_layers=1,
+                                  num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model = load_policy(tmp_path, alone.placement(CPU, frozen=True))
+    with pytest.raises(InputError, match="differ from the model's own"):
+        alone.shard(model, frozen=True)
+
+
+def test_weights_of_two_precisions_cannot_be_shared(alone: Ranks, new_policy: Callable[..., CausalModel]) -> None:
+    policy = new_policy()
+    policy.model.model.norm.double()
+    with pytest.raises(InputError, match=r"model.model.norm.weight is in torch.float64, .* in torch.float32: expected"):
+        alone.shard(policy, frozen=True)
+
+
+def test_stored_tensors_of_several_precisions_are_read_in_the_one_asked_for(
+    alone: Ranks, tmp_path: Path, new_model: Callable[..., Any]
+) -> None:
+    """Through none of less bits."""
+    model = new_model()
+    expected = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.model.layers.bfloat16()
+    save_weights(model, tmp_path)
+    assert StoredWeights(tmp_path).dtype is None
+    loaded = load_policy(tmp_path, alone.placement(CPU, frozen=True))
+    for name, weight in loaded.model.state_dict().items():
+        stored = expected[name].bfloat16() if ".layers." in name else expected[name]
+        assert torch.equal(weight, stored.float()), name
 
 
 def test_the_weights_of_another_model_do_not_stay(tmp_path: Path, new_policy: Any, tokenizer: Any) -> None:
