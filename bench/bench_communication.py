@@ -4,8 +4,8 @@
 
 Counted are the payloads of all collectives of one iteration of a tiny model on a CPU, by phase and kind, and held
 against what the sizes of its weights predict: the run fails where they differ. The model puts the sizes of a 7B model
-into the same formulas. Its bandwidths (450 GB/s inside a machine of 8 GPUs, 50 between machines) are assumptions,
-nothing of it was measured.
+into the same formulas, which are those of `ppomax plan` (`engine/communication.py`). Its bandwidths (450 GB/s inside a
+machine of 8 GPUs, 50 for each GPU between machines) are assumptions, nothing of it was measured.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import records
 import torch
 from environment import environment
 from ppomax.engine.attention import ATTENTION
 from ppomax.engine.batch import Prompt
+from ppomax.engine.communication import USUAL, Payload, Sizes, payloads, traffic
 from ppomax.engine.config import PPOConfig, RolloutConfig, RuntimeConfig
+from ppomax.engine.hardware import chip
 from ppomax.engine.models import CausalModel, scalar_from_causal
 from ppomax.engine.parallel import Ranks
 from ppomax.engine.ppo import PPO
@@ -48,9 +49,10 @@ SHAPE = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,
 }  # fmt: skip
+WEIGHTS = ("all-gather", "reduce-scatter")  # what FSDP2 does, in the order of a Payload
 # What each collective is called, and which of its arguments is the whole payload.
 KINDS = {
-    "_allgather_base_": ("all-gather", 0), "_reduce_scatter_base_": ("reduce-scatter", 1),  # of FSDP2
+    "_allgather_base_": (WEIGHTS[0], 0), "_reduce_scatter_base_": (WEIGHTS[1], 1),
     "allgather_": ("figures, rollouts", 0), "allreduce_": ("all-reduce", 0), "all_reduce": ("all-reduce", 0),
 }  # fmt: skip
 IN_PLACE = ("barrier", "wait_tensor", "_wrap_tensor_autograd")  # which move nothing
@@ -84,8 +86,7 @@ def _size(x: Any) -> int:
     return x.nbytes if isinstance(x, Tensor) else sum(map(_size, x))
 
 
-@dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """What an iteration does, as far as weights travel for it."""
 
     scoring: int
@@ -96,31 +97,11 @@ class Work:
     """In the updates of policy and critic, each"""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Bytes of a model's weights."""
-
-    layers: int
-    rest: int
-    reduced: float = 1.0
-    """Bytes of a gradient on its way for each byte of the weight"""
-
-    @property
-    def all(self) -> int:
-        return self.layers + self.rest
-
-
-def predicted(policy: Sizes, critic: Sizes, work: Work) -> dict[tuple[str, str], float]:
-    """Payloads of an iteration: weights are gathered once for the rollouts and for each forward pass, those of layers
-    again for each backward pass; gradients are reduced after it."""
-    return {
-        ("rollouts", "all-gather"): policy.all,
-        ("scoring", "all-gather"): work.scoring * (2 * policy.all + critic.all) + work.rewards * critic.all,
-        ("policy update", "all-gather"): work.updates * (policy.all + policy.layers),
-        ("policy update", "reduce-scatter"): work.updates * policy.all * policy.reduced,
-        ("critic update", "all-gather"): work.updates * (critic.all + critic.layers),
-        ("critic update", "reduce-scatter"): work.updates * critic.all * critic.reduced,
-    }
+def predicted(policy: Sizes, critic: Sizes, work: Work) -> dict[str, Payload]:
+    """Payloads of an iteration by phase, the reference of the policy's size and the reward model of the critic's."""
+    models = {"policy": policy, "reference": policy, "critic": critic, "reward": critic}
+    scored = {"policy": work.scoring, "reference": work.scoring, "critic": work.scoring, "reward": work.rewards}
+    return payloads(models, scored, dict.fromkeys(("policy", "critic"), work.updates))
 
 
 def sizes_of(model: Any, ranks: Ranks) -> Sizes:
@@ -155,8 +136,8 @@ def count(found: Path) -> None:
     ranks = Ranks.of(CONFIG.runtime)
     ppo, counting = new_ppo(ranks), Counting()
     work: dict[str, int] = {}
-    updates = {"update_policy": "policy update", "update_critic": "critic update"}
-    for method, phase in {"_sample": "rollouts", "shape": "scoring", **updates}.items():
+    updates = {"update_policy": "update policy", "update_critic": "update critic"}
+    for method, phase in {"_sample": "rollout", "shape": "score", **updates}.items():
         setattr(ppo, method, _in_phase(counting, phase, getattr(ppo, method)))
     plan = ppo.plan
 
@@ -170,7 +151,8 @@ def count(found: Path) -> None:
     ppo.iterate()
     with counting:
         ppo.iterate()
-    expected = predicted(sizes_of(ppo.policy, ranks), sizes_of(ppo.critic, ranks), Work(**work))
+    phases = predicted(sizes_of(ppo.policy, ranks), sizes_of(ppo.critic, ranks), Work(**work))
+    expected = {(name, kind): size for name, each in phases.items() for kind, size in zip(WEIGHTS, each, strict=True)}
     if ranks.is_main:
         rows = [
             {"phase": phase, "kind": kind, "calls": counting.calls[phase, kind], "bytes": size,
@@ -193,8 +175,6 @@ def _in_phase(counting: Counting, phase: str, method: Callable[..., Any]) -> Cal
 SEVEN_B = {"hidden": 4096, "layers": 32, "kv": 1024, "ffn": 14336, "vocabulary": 128256}
 ROLLOUTS, SECONDS_A_PROMPT = 16, 0.70  # of a GPU in an iteration; what the design asks of one H200 for all of it
 WORK = Work(scoring=4, rewards=2, updates=4)  # micro-batches of at most 16384 tokens: 4 minibatches, each with one
-MACHINE = 8  # GPUs in one
-INSIDE, ACROSS = 450e9, 50e9  # bytes a second out of a GPU, to others in its machine and in other machines
 
 
 def seven_b() -> tuple[Sizes, Sizes]:
@@ -208,20 +188,19 @@ def seven_b() -> tuple[Sizes, Sizes]:
 
 
 def modelled(gpus: int, shard_size: int) -> dict[str, float]:
-    """Bytes that leave each GPU in an iteration, by ring algorithms, and how long they take if nothing hides them.
+    """Bytes that come to each GPU in an iteration, those of them that pass its network adapter, and how long they take
+    if nothing hides them.
 
     Where `shard_size` GPUs share a copy of the weights, gradients are summed over the copies too, each GPU its part.
     """
-    payloads = predicted(*seven_b(), WORK)
-    among = sum(payloads.values()) * (shard_size - 1) / shard_size
-    gradients = sum(size for (_, kind), size in payloads.items() if kind == "reduce-scatter") / shard_size
-    copies = gpus // shard_size
-    between = 2 * gradients * (copies - 1) / copies
-    seconds = among / (INSIDE if shard_size <= MACHINE else ACROSS) + between / ACROSS
+    phases = predicted(*seven_b(), WORK).values()
+    moved = [traffic(payload, gpus, shard_size, USUAL) for payload in phases]
+    seconds = sum(each.seconds(chip("h200").link or 0.0, USUAL.network) for each in moved)
     return {
         "gpus": gpus,
         "shard_size": shard_size,
-        "sent_GB": (among + between) / 1e9,
+        "sent_GB": sum(each.received for each in moved) / 1e9,
+        "network_GB": sum(each.network for each in moved) / 1e9,
         "seconds": seconds,
         "share_of_target": seconds / (ROLLOUTS * SECONDS_A_PROMPT),
     }
@@ -236,11 +215,12 @@ def show(counted: dict[str, Any], models: list[dict[str, float]]) -> None:
         table.add_row(row["phase"], row["kind"], str(row["calls"]), f"{row['bytes'] / 1e3:.1f}", expected)
     console.print(table)
     heading = f"MODEL, not measured: 8.0B policy and critic, {ROLLOUTS} rollouts of 2048 tokens a GPU and iteration"
-    table = Table("GPUs", "share a copy", "sent by each, GB", "seconds", "of the target's time", title=heading)
+    columns = ("GPUs", "share a copy", "to each, GB", "by network, GB", "seconds", "of the target's time")
+    table = Table(*columns, title=heading)
     for model in models:
         table.add_row(
-            f"{model['gpus']:.0f}", f"{model['shard_size']:.0f}", f"{model['sent_GB']:.0f}", f"{model['seconds']:.1f}",
-            f"{model['share_of_target']:.0%}",
+            f"{model['gpus']:.0f}", f"{model['shard_size']:.0f}", f"{model['sent_GB']:.0f}",
+            f"{model['network_GB']:.0f}", f"{model['seconds']:.1f}", f"{model['share_of_target']:.0%}",
         )  # fmt: skip
     console.print(table)
 
@@ -258,7 +238,7 @@ def main() -> None:
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(PROCESSES)]
         subprocess.run([*line, __file__, "--found", str(found)], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         counted = json.loads(found.read_text())
-    models = [modelled(gpus, size) for gpus in (8, 16, 32, 64, 128, 256, 512) for size in sorted({MACHINE, gpus})]
+    models = [modelled(gpus, size) for gpus in (8, 16, 32, 64, 128, 256, 512) for size in sorted({USUAL.gpus, gpus})]
     show(counted, models)
     wrong = [row for row in counted["rows"] if row["predicted"] not in (None, row["bytes"])]
     if wrong:

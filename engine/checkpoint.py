@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
@@ -54,6 +55,25 @@ def _swap(folder: Path, draft: Path, old: Path) -> None:
         if old.exists():
             old.rename(folder)
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError where `atomic_file` could not write `path`: to be asked before the work whose result it takes.
+
+    Leaves nothing behind, not even missing folders.
+    """
+    try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: expected the name of a file to write, found {_kind(path)}")
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        with NamedTemporaryFile(dir=folder, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise InputError(f"{path}: expected a file that can be written: {error.strerror}") from None
+
+
+def _kind(path: Path) -> str:
+    return "a folder" if path.is_dir() else "a device"
 
 
 @contextmanager

@@ -38,8 +38,9 @@ class Demo:
     compare: bool = False
     """Train both, side by side, and draw them in one figure."""
     out: Path | None = None
-    """Default: runs/demo, runs/demo-2, ..."""
+    """New folder for its runs and report. Default: runs/demo, runs/demo-2, ..."""
     seed: int = 0
+    """Of the world, the models and sampling."""
 
     def run(self) -> None:
         from .demo import DemoConfig, run_demo
@@ -182,11 +183,16 @@ class Eval:
     """Write the table and the samples to this Markdown file too."""
 
     def run(self) -> None:
+        from .checkpoint import check_writable
         from .evaluation import evaluate
         from .models import load_tokenizer
         from .report import show_evaluation
         from .templates import Template
 
+        if self.samples < 0:
+            raise InputError(f"samples = {self.samples}: expected a number >= 0")
+        if self.out is not None:
+            check_writable(self.out)
         judges: dict[str, Any] = {judge: judge for judge in self.judge}
         evaluation = evaluate(
             self.model, self.baseline, self.data, judges, self.config, template=self.template, on_bad=self.on_bad
@@ -254,10 +260,16 @@ class Plan:
     """h200, h100-80, a100-80, a100-40, b200, l40s, rtx-4090, or cpu."""
     gpus: int = 1
     """How many of them; one process each."""
+    gpus_per_machine: int = 8
+    """The others are reached through the network."""
+    network: float = 50.0
+    """GB/s of each GPU to other machines, in one direction. The default is an assumption: 400 Gbit/s each."""
     reward: str | None = None
     """Reward-model folder, or `function`. Default: a reward model of the policy's shape."""
     critic: Path | None = None
     """Folder to start the critic from. Default: as in a run."""
+    judge: str | None = None
+    """Folder of a second reward model that is measured and never optimised (the reward's own takes nothing more)."""
     prompt_tokens: int | None = None
     """Of every sequence; --max-sequence follows. Default: what that allows."""
     response_tokens: int | None = None
@@ -266,12 +278,17 @@ class Plan:
     """Write the plan to this file too."""
 
     def run(self) -> None:
+        from .checkpoint import check_writable
+        from .communication import Machines
         from .plan import plan_command
 
+        if self.json is not None:
+            check_writable(self.json)
         plan_command(
-            self.config, self.model, self.gpu, gpus=self.gpus, reward=self.reward,
-            critic=None if self.critic is None else str(self.critic), prompt_tokens=self.prompt_tokens,
-            response_tokens=self.response_tokens, out=self.json,
+            self.config, self.model, self.gpu, gpus=self.gpus,
+            machines=Machines(self.gpus_per_machine, self.network * 1e9), reward=self.reward,
+            critic=None if self.critic is None else str(self.critic), judge=self.judge,
+            prompt_tokens=self.prompt_tokens, response_tokens=self.response_tokens, out=self.json,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 from .config import PPOConfig
+from .fake_models import JUDGES
 from .footprint import Footprint, Lengths
 from .hardware import Chip
 
@@ -33,6 +34,8 @@ class Batches:
     micro_batch_tokens: int
     micro_batches: int
     """Of a process's minibatch"""
+    reward_micro_batches: int
+    """In the scoring by the reward model of a process's rollouts, and by the judge"""
     ptx_micro_batches: int
     running: int
     """Sequences that a process decodes at the same time"""
@@ -65,6 +68,7 @@ def plan_batches(config: PPOConfig, footprint: Footprint, lengths: Lengths, gpus
         micro_batch=per,
         micro_batch_tokens=per * lengths.sequence,
         micro_batches=-(-own.minibatch_size // per),
+        reward_micro_batches=-(-own.rollouts_per_iteration // footprint.rewarded),
         ptx_micro_batches=-(-ptx // per),
         running=running,
     )
@@ -92,11 +96,10 @@ def phase_work(
     rows, steps = batches.process_rollouts, batches.optimizer_steps
     tokens = rows * lengths.sequence
     sums = _Sums(footprint, lengths)
-    asked = (["policy"] if config.old_logprobs == "recomputed" else []) + ["reference", "critic"]
-    asked += [name for name in ("reward",) if name in footprint.products]
+    asked = scored(config, footprint, batches)
     score: Operations = Counter()
-    for name in asked:
-        _add(score, footprint.usage[f"score {name}"].operations, batches.minibatches * batches.micro_batches)
+    for name, micro_batches in asked.items():
+        _add(score, footprint.usage[f"score {name}"].operations, micro_batches)
     updates = {}
     for name in ("policy", "critic"):
         step = footprint.usage[f"step {name}"].operations
@@ -120,6 +123,16 @@ def phase_work(
             updates["critic"], sums.update("critic", adapters) * rows * epochs, epochs * tokens, chip
         ),
     }  # fmt: skip
+
+
+def scored(config: PPOConfig, footprint: Footprint, batches: Batches) -> dict[str, int]:
+    """The models that score a process's rollouts, and in how many micro-batches."""
+    asked = (["policy"] if config.old_logprobs == "recomputed" else []) + ["reference", "critic"]
+    judges = [name for name in JUDGES if name in footprint.products]
+    return {
+        **dict.fromkeys(asked, batches.minibatches * batches.micro_batches),
+        **dict.fromkeys(judges, batches.reward_micro_batches),
+    }
 
 
 class _Sums:
@@ -176,9 +189,9 @@ def _add(total: Operations, operations: Operations, times: int) -> None:
 
 def _work(operations: Operations, needed: float, tokens: int, chip: Chip) -> Work:
     seconds = None
-    if chip.flops is not None and chip.bandwidth is not None:
+    if chip.rate is not None and chip.bandwidth is not None:
         seconds = sum(
-            count * max(flops / chip.flops, traffic / chip.bandwidth) for (flops, traffic), count in operations.items()
+            count * max(flops / chip.rate, traffic / chip.bandwidth) for (flops, traffic), count in operations.items()
         )
     return Work(
         needed=needed,

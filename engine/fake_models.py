@@ -16,6 +16,7 @@ from .lora import add_adapters
 from .models import CausalModel, Model, Placement, ScalarModel
 
 AnyModel = TypeVar("AnyModel", CausalModel, ScalarModel)
+JUDGES = ("reward", "judge")
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class Shapes:
     """None: the policy's trunk"""
     reward: str | None = None
     """None: a function, which has no weights"""
+    judge: str | None = None
+    """None: there is none, or it is a function or the reward model"""
 
     @classmethod
-    def of(cls, policy: Any, critic: Any = None, reward: Any = None) -> Shapes:
+    def of(cls, policy: Any, critic: Any = None, reward: Any = None, judge: Any = None) -> Shapes:
         """From configuration objects."""
-        return cls(_text(policy), *(None if config is None else _text(config) for config in (critic, reward)))
+        return cls(_text(policy), *(None if config is None else _text(config) for config in (critic, reward, judge)))
 
 
 def _text(config: Any) -> str:
@@ -46,6 +49,7 @@ class Models:
     critic: ScalarModel
     reference: CausalModel
     reward: ScalarModel | None
+    judge: ScalarModel | None
 
     def all(self) -> dict[str, Model]:
         """By name, those that there are."""
@@ -54,22 +58,22 @@ class Models:
 
 def build(shapes: Shapes, place: Placement, lora: LoRAConfig) -> Models:
     """The models, on the device of `place`; to be called under `FakeTensorMode`."""
-    reward = _scalar(shapes.reward, place) if shapes.reward else None
+    judges = [_scalar(text, place) if text else None for text in (shapes.reward, shapes.judge)]
     if lora.rank:
         base = _causal(shapes.policy, place)
         policy, critic = add_adapters(base, lora, seed=0)
-        return Models(policy, critic, base, reward)
+        return Models(policy, critic, base, *judges)
     critic = _scalar(shapes.critic or shapes.policy, place)
-    return Models(_causal(shapes.policy, place), critic, _causal(shapes.policy, place), reward)
+    return Models(_causal(shapes.policy, place), critic, _causal(shapes.policy, place), *judges)
 
 
 def weights(models: Models, *, shared: bool) -> dict[str, int]:
     """Bytes of each model; what several share (`shared`: with LoRA the base) counts with the first that has it."""
     by_name = models.all()
-    order = ["reference", "policy", "critic", "reward"] if shared else list(by_name)
+    order = sorted(by_name, key=lambda name: name != "reference") if shared else list(by_name)
     seen: set[int] = set()
     sizes = {}
-    for name in (name for name in order if name in by_name):
+    for name in order:
         tensors = {id(x): x for x in (*by_name[name].parameters(), *by_name[name].buffers())}
         sizes[name] = sum(x.nbytes for key, x in tensors.items() if key not in seen)
         seen |= tensors.keys()

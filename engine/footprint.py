@@ -6,7 +6,7 @@ optimizer step of policy and of critic. What is a tensor is counted, workspaces 
 `ppomax.kernels` included (`live_bytes.py`); what a GPU's libraries take beside tensors is not.
 
 For a GPU the tensors are on "meta", the Triton paths' launches are recorded, and packed sequences attend by torch's
-kernel for them, which keeps what flash-attn's keeps.
+kernel for them, which keeps and allocates what flash-attn's does.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from .communication import Sizes
 from .config import PPOConfig
 from .fake_models import Shapes
 from .live_bytes import LiveBytes, Usage
@@ -52,13 +53,14 @@ class Footprint:
     """Bytes and work of one process that holds everything."""
 
     weights: dict[str, int]
-    """Of policy, critic, reference, reward; what several share counts with the first of them"""
+    """Of policy, critic, reference, reward, judge; what several share counts with the first of them"""
     parameters: dict[str, int]
     """All of each model's"""
     dtype: str
-    layers: int
-    layer: int
-    """Bytes of the largest decoder layer"""
+    sizes: dict[str, Sizes]
+    """Of each model, by what is gathered together"""
+    layer: dict[str, int]
+    """Bytes of each model's largest decoder layer"""
     itemsize: int
     """Bytes of a weight"""
     trained: dict[str, Trained]
@@ -81,6 +83,8 @@ class Footprint:
     gradients there before where a minibatch has several; `step NAME` of that step alone; `ptx` of a micro-batch"""
     micro_batch: int
     """Sequences of a micro-batch"""
+    rewarded: int
+    """Of one of the reward model, which goes over all rollouts of an iteration together, and of the judge"""
     running: int
     """Sequences of a decode step"""
     prefilled: int
@@ -115,5 +119,5 @@ def _measure(config: PPOConfig, shapes: Shapes, lengths: Lengths, on_gpu: bool) 
 
             launches: list[Any] = stack.enter_context(recording("sm_90"))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        live = stack.enter_context(LiveBytes(launches if on_gpu else None))
+        live = stack.enter_context(LiveBytes(launches if on_gpu else None, config.runtime.deterministic))
         return Rehearsal(config, shapes, lengths, on_gpu, live).run()

@@ -11,8 +11,9 @@ from .errors import InputError
 
 MIB, GIB = 1 << 20, 1 << 30
 
-MEASURED = "measured: matmul in bfloat16, bytes read and written; links: vendor data sheet"
-SHEET = "vendor data sheet: dense bfloat16 with float32 sums; a program reaches less"
+MEASURED = "measured: matmul in bfloat16, bytes read and written; peak and links: vendor data sheet"
+PRODUCTS_REACHED, BANDWIDTH_REACHED = 0.8, 0.9  # by that H200, of the 989 TFLOP/s and 4.8 TB/s on its data sheet
+SHEET = "vendor data sheet: 80 % of its dense bfloat16 products and 90 % of its bandwidth, as measured on an H200"
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Chip:
     memory: int
     """Bytes that a program can have"""
     flops: float | None
-    """Dense bfloat16 products, FLOP/s; None: unknown"""
+    """The vendor's peak of dense bfloat16 products with float32 sums, FLOP/s, which MFU is of; None: unknown"""
+    rate: float | None
+    """FLOP/s that products are taken to reach"""
     bandwidth: float | None
-    """Of its memory, bytes/s read and written"""
+    """That its memory is taken to reach, bytes/s read and written"""
     link: float | None
     """To another GPU of the machine, bytes/s in one direction"""
     host_link: float | None
@@ -37,15 +40,16 @@ class Chip:
         return self.name != "cpu"
 
 
-def _gpu(name: str, gib: float, tflops: float, tb_s: float, link: float, host: float, source: str = SHEET) -> Chip:
-    return Chip(name, int(gib * GIB), tflops * 1e12, tb_s * 1e12, link * 1e9, host * 1e9, source)
+def _gpu(name: str, gib: float, tflops: float, tb_s: float, link: float, host: float) -> Chip:
+    rate, bandwidth = PRODUCTS_REACHED * tflops * 1e12, BANDWIDTH_REACHED * tb_s * 1e12
+    return Chip(name, int(gib * GIB), tflops * 1e12, rate, bandwidth, link * 1e9, host * 1e9, SHEET)
 
 
-# usable GiB, TFLOP/s, TB/s; GB/s in one direction to another GPU (NVLink, PCIe where there is none) and to the host
+# usable GiB; TFLOP/s, TB/s; GB/s in one direction to another GPU (NVLink, PCIe where there is none) and to the host
 GPUS = {
     chip.name: chip
     for chip in (
-        _gpu("h200", 139, 790, 4.3, 450, 64, MEASURED),
+        Chip("h200", 139 * GIB, 989e12, 790e12, 4.3e12, 450e9, 64e9, MEASURED),
         _gpu("h100-80", 79, 989, 3.35, 450, 64),
         _gpu("a100-80", 79, 312, 2.04, 300, 32),
         _gpu("a100-40", 39, 312, 1.56, 300, 32),
@@ -60,7 +64,7 @@ def chip(name: str) -> Chip:
     """The GPU of that name, or this machine's `cpu`; InputError lists those that are known."""
     if name == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return Chip("cpu", memory, None, None, None, None, "this machine")
+        return Chip("cpu", memory, None, None, None, None, None, "this machine")
     if name not in GPUS:
         raise InputError(f"unknown GPU {name!r}; expected one of {', '.join(GPUS)}, cpu")
     return GPUS[name]
@@ -73,8 +77,8 @@ def chip_of(device: torch.device) -> Chip:
     properties = torch.cuda.get_device_properties(device)
     called, memory = properties.name.lower().replace(" ", "-"), properties.total_memory
     for known in GPUS.values():
-        family, _, size = known.name.partition("-")
-        model = known.name if family == "rtx" else family
-        if model in called and (family == "rtx" or not size or abs(memory / GIB - int(size)) < 8):
+        model = known.name if known.name.startswith("rtx") else known.name.partition("-")[0]
+        # a part of a GPU, a laptop's and a superchip's bear the same name
+        if model in called and abs(memory - known.memory) < 5 * GIB:
             return Chip(**{**vars(known), "memory": memory})
-    return Chip(properties.name, memory, None, None, None, None, "a GPU whose ceilings are not known here")
+    return Chip(properties.name, memory, None, None, None, None, None, "a GPU whose ceilings are not known here")

@@ -3,6 +3,9 @@
 On fake tensors the operations of `ppomax.kernels` are opened: their bodies run, on fake tensors too, so that the
 workspaces inside them are seen. Where the host asks for a value, which is not there, it gets 1: an upstream gradient
 of 1, rows that all count, a gradient norm that is finite. Asked which elements are not 0, it is told of none.
+
+What torch's kernels for packed sequences allocate beside their results cannot be opened; it is counted by the sizes in
+their source (`_attention_workspace`).
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _HEADS = {"ppomax::linear_logprobs_forward", "ppomax::linear_ppo", "ppomax::line
 _ROWS = TILE_ELEMENTS // TILE_COLUMNS  # of a chunk at most, in vocabularies of several tiles
 _DEVICE = torch.ops.prim.device.default
 _EMPTY = {_aten.empty.memory_format, _aten.empty_like.default, _aten.new_empty.default, _aten.empty_strided.default}
+_ROW_BLOCK = 128  # rows of queries that the backward pass of attention keeps free behind each sequence
+_PROCESSORS = 148  # of a B200; other GPUs have fewer
 _LEFT_OPERAND = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "_linear_pointwise": 0}  # of the matrix products
 
 
@@ -60,10 +65,11 @@ class Usage:
 class LiveBytes(TorchDispatchMode):
     """Live bytes of storages that operations made inside this mode, each under the tag that was set then."""
 
-    def __init__(self, launches: list[Any] | None = None) -> None:
-        """`launches`: a recording (`kernels/gpu/launch.py`) of what custom operations would launch."""
+    def __init__(self, launches: list[Any] | None = None, deterministic: bool = False) -> None:
+        """`launches`: a recording (`kernels/gpu/launch.py`) of what custom operations would launch; `deterministic`:
+        the run asks for such algorithms."""
         super().__init__()
-        self.launches = [] if launches is None else launches
+        self.launches, self.deterministic = [] if launches is None else launches, deterministic
         self.closed = False
         """Custom operations stay closed: what they allocate inside is not seen"""
         self._pairs = self._cached = 0
@@ -94,10 +100,15 @@ class LiveBytes(TorchDispatchMode):
         if fake and func is _aten.nonzero.default:
             return args[0].new_empty(0, args[0].dim(), dtype=torch.int64)
         own, before = fake and func.namespace == "ppomax" and not self.closed, len(self.launches)
-        out = self._open(func, args, kwargs) if own else func(*args, **kwargs)
+        if fake and func is _aten.addmm.dtype_out:
+            out = kwargs["out"]  # torch 2.11 takes the dtype for a factor where there is nothing to compute
+        else:
+            out = self._open(func, args, kwargs) if own else func(*args, **kwargs)
         results = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         for x in results:
             self._note(x)
+        if func._schema.name.endswith("varlen_attn_backward"):
+            self._for_a_moment(_attention_workspace(args, self.deterministic))
         self._count(func, args, kwargs, results, self.launches[before:])
         del self.launches[before:]  # they hold their tensors
         return out
@@ -141,6 +152,12 @@ class LiveBytes(TorchDispatchMode):
         self._numbers[key] = self._made
         self._event(self._made, storage.nbytes(), self.tag)
         weakref.finalize(storage, self._freed, key, storage.nbytes())
+
+    def _for_a_moment(self, size: int) -> None:
+        """A workspace that was there while an operation ran."""
+        self._made += 1
+        self._event(self._made, size, "workspaces")
+        self._event(self._made, -size, "")
 
     def _freed(self, key: int, size: int) -> None:
         self._event(self._numbers.pop(key), -size, "")
@@ -225,6 +242,28 @@ def _many_chunks(func: Any, args: Any) -> bool:
     if func._schema.name not in _HEADS or args[0].device.type != "cpu":
         return False
     return args[0].shape[0] > _ROWS and args[1].shape[0] > TILE_COLUMNS
+
+
+def _attention_workspace(args: Any, deterministic: bool) -> int:
+    """Bytes that the backward pass of attention over packed sequences allocates beside its results: gradients of the
+    queries added up in float32 (where the order is fixed, several copies of them), sums of a row in float32, and
+    gradients of keys and values for each head of the queries where several share those.
+
+    Source: `mha_varlen_bwd` in aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp of torch; that in
+    csrc/flash_attn/flash_api.cpp of flash-attn 2 allocates the same for heads of up to 128.
+    """
+    _, q, k, _, _, _, bounds = args[:7]
+    tokens, heads, size = q.shape
+    sequences = bounds.numel() - 1
+    rounded = _round(size, 32 if size <= 128 else 64)
+    copies = -(-_PROCESSORS // (sequences * heads)) if deterministic else 1
+    rows = tokens + _ROW_BLOCK * sequences
+    expanded = 2 * k.shape[0] * heads * size * k.element_size() if k.shape[1] != heads else 0
+    return 4 * rows * heads * (copies * rounded + 1) + expanded
+
+
+def _round(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def _first_rows(x: Any, count: int) -> Any:

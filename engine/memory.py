@@ -1,9 +1,10 @@
 """The plan of a PPO run before it starts: memory by component and phase, batches, FLOPs, time, checkpoints.
 
 Memory is counted, not estimated (`footprint.py`), except for what stands in no tensor: the CUDA context with its
-libraries and graphs, `CUDA_RESERVE`. With several GPUs the sharding is a model: each keeps its part of weights,
-gradients and optimizer state, two decoder layers are whole at a time, and what is outside the layers (embeddings, LM
-head) from the first micro-batch on.
+libraries and graphs, `CUDA_RESERVE`; what the allocator cannot use between its blocks is not in it. With several GPUs
+the sharding is a model: each keeps its part of weights, gradients and optimizer state, two decoder layers are whole at
+a time, and what is outside the layers (embeddings, LM head) from the first micro-batch on. Models that are sharded or
+offloaded arrive layer by layer.
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .communication import USUAL, Machines, Traffic, payloads, traffic
 from .config import PPOConfig
-from .costs import Batches, Work, phase_work, plan_batches, process_config
+from .costs import Batches, Work, phase_work, plan_batches, process_config, scored
 from .errors import InputError
-from .fake_models import Shapes
+from .fake_models import JUDGES, Shapes
 from .footprint import Footprint, Lengths, measure
 from .hardware import GIB, Chip
 from .kv_cache import blocks_for
@@ -28,7 +30,7 @@ DISK_RATE = 2e9
 PHASES = ("rollout", "score", "update policy", "update critic")
 _USAGES = {
     "rollout": ("prefill", "decode"),
-    "score": ("score policy", "score reference", "score critic", "score reward"),
+    "score": ("score policy", "score reference", "score critic", *(f"score {name}" for name in JUDGES)),
     "update policy": ("update policy", "step policy", "ptx"),
     "update critic": ("update critic", "step critic"),
 }
@@ -56,9 +58,14 @@ class Phase:
     """Bytes on the device at the peak, by component"""
     work: Work
     communication: float
-    """Bytes that this process receives"""
+    """Bytes that this process receives from others"""
+    network: float
+    """Bytes that pass its network adapter, towards all GPUs of its machine"""
     seconds: float | None
     """Of a model of the chip; None where its ceilings are not known"""
+    bound: str
+    """What takes so long: GPU (products and memory), links (to other GPUs of the machine), network (to other
+    machines), host (the link to its memory)"""
 
     @property
     def peak(self) -> int:
@@ -86,6 +93,7 @@ class Plan:
     config: PPOConfig
     chip: Chip
     gpus: int
+    machines: Machines
     lengths: Lengths
     dtype: str
     parameters: dict[str, int]
@@ -96,7 +104,9 @@ class Plan:
     """That the KV cache of a process holds"""
     checkpoint: Checkpoint
     loading: int
-    """Bytes on the device of a process that has all models whole, before they are sharded or offloaded"""
+    """Most bytes on the device of a process while the models are loaded"""
+    arriving: int
+    """Of them, what is whole for a moment beside the process's parts: of models that are sharded or offloaded"""
 
     @property
     def peak(self) -> int:
@@ -104,7 +114,12 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return self.most <= self.chip.memory
+        return self.spare >= 0
+
+    @property
+    def spare(self) -> int:
+        """Bytes of the device that stay free at all times; negative: that are missing."""
+        return self.chip.memory - self.most
 
     @property
     def most(self) -> int:
@@ -129,7 +144,7 @@ class Plan:
 
     @property
     def mfu(self) -> float | None:
-        """Share of the chip's rate of products that goes into needed FLOPs."""
+        """Share of the vendor's peak that goes into needed FLOPs."""
         if self.seconds is None or self.chip.flops is None:
             return None
         return self.needed / (self.gpus * self.seconds * self.chip.flops)
@@ -145,23 +160,32 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """All of it as plain data; bytes and seconds."""
         phases = [{**asdict(phase), "peak": phase.peak} for phase in self.phases]
-        derived = {name: getattr(self, name) for name in ("peak", "fits", "host", "seconds", "needed", "mfu")}
+        derived = {name: getattr(self, name) for name in ("peak", "fits", "spare", "host", "seconds", "needed", "mfu")}
         return {**asdict(self), "phases": phases, **derived, "tokens_per_second": self.tokens_per_second}
 
 
-def plan(config: PPOConfig, shapes: Shapes, chip: Chip, *, lengths: Lengths, gpus: int = 1) -> Plan:
+def plan(
+    config: PPOConfig,
+    shapes: Shapes,
+    chip: Chip,
+    *,
+    lengths: Lengths,
+    gpus: int = 1,
+    machines: Machines = USUAL,
+) -> Plan:
     """The plan of a run of `config` on `gpus` devices like `chip`, all sequences of the given lengths.
 
     Raises:
         InputError: lengths that `config` does not allow, fewer rollouts in a minibatch than GPUs, a number of GPUs
-            that `shard_size` does not divide, LoRA on several, float32 on a GPU, the exact mode.
+            that `shard_size` does not divide, machines without GPUs or a network, LoRA on several, float32 on a GPU,
+            the exact mode.
     """
-    _check(config, chip, lengths, gpus)
+    _check(config, chip, lengths, gpus, machines)
     footprint = measure(process_config(config, gpus), shapes, lengths, on_gpu=chip.is_gpu)
-    return _Planner(config, footprint, chip, lengths, gpus).plan()
+    return _Planner(config, footprint, chip, lengths, gpus, machines).plan()
 
 
-def _check(config: PPOConfig, chip: Chip, lengths: Lengths, gpus: int) -> None:
+def _check(config: PPOConfig, chip: Chip, lengths: Lengths, gpus: int, machines: Machines) -> None:
     if not 1 <= lengths.response <= config.rollout.max_response:
         raise InputError(
             f"response tokens = {lengths.response}: expected 1 to rollout.max_response = {config.rollout.max_response}"
@@ -177,6 +201,10 @@ def _check(config: PPOConfig, chip: Chip, lengths: Lengths, gpus: int) -> None:
         raise InputError(
             f"RuntimeConfig.shard_size = {config.runtime.shard_size}: expected a divisor of the {gpus} GPUs"
         )
+    if machines.gpus < 1:
+        raise InputError(f"GPUs of a machine = {machines.gpus}: expected at least 1")
+    if machines.network <= 0:
+        raise InputError(f"network = {machines.network / 1e9:g} GB/s: expected more than 0")
     if config.runtime.exact:
         raise InputError("RuntimeConfig.exact = True: the exact mode is not planned")
     if chip.is_gpu and config.runtime.dtype == "float32":
@@ -193,12 +221,15 @@ def _shards(config: PPOConfig, gpus: int) -> int:
 
 
 class _Planner:
-    def __init__(self, config: PPOConfig, footprint: Footprint, chip: Chip, lengths: Lengths, gpus: int) -> None:
-        self.config, self.footprint, self.chip, self.lengths, self.gpus = config, footprint, chip, lengths, gpus
+    def __init__(
+        self, config: PPOConfig, footprint: Footprint, chip: Chip, lengths: Lengths, gpus: int, machines: Machines
+    ) -> None:
+        self.config, self.footprint, self.chip, self.lengths = config, footprint, chip, lengths
+        self.gpus, self.machines = gpus, machines
         self.shards = _shards(config, gpus)
         offloads = config.runtime.offload_frozen and chip.is_gpu
-        frozen = ("reward",) if config.lora.rank else ("reference", "reward")  # adapters need their base
-        self.offloaded = frozen if offloads else ()
+        frozen = JUDGES if config.lora.rank else ("reference", *JUDGES)  # adapters need their base
+        self.offloaded = [name for name in frozen if name in footprint.weights] if offloads else []
 
     def plan(self) -> Plan:
         config, footprint, gpus = self.config, self.footprint, self.gpus
@@ -208,19 +239,22 @@ class _Planner:
         batches = plan_batches(config, footprint, self.lengths, gpus, running)
         components = self._components(blocks * footprint.kv_block)
         works = phase_work(config, footprint, self.lengths, batches, self.chip)
+        traffics, arriving = self._traffics(batches), self._arriving()
         return Plan(
             config=config,
             chip=self.chip,
             gpus=gpus,
+            machines=self.machines,
             lengths=self.lengths,
             dtype=footprint.dtype,
             parameters=footprint.parameters,
             components=components,
-            phases=[self._phase(name, components, works[name], batches) for name in PHASES],
+            phases=[self._phase(name, components, works[name], traffics[name], batches) for name in PHASES],
             batches=batches,
             kv_tokens=(blocks - 1) * config.rollout.block_size,
             checkpoint=self._checkpoint(),
-            loading=sum(footprint.weights.values()) + self._reserve,
+            loading=sum(self._weights().values()) + arriving + self._reserve,
+            arriving=arriving,
         )
 
     # Memory
@@ -252,6 +286,14 @@ class _Planner:
             name: 0 if name in self.offloaded else self._part(size) for name, size in self.footprint.weights.items()
         }
 
+    def _arriving(self) -> int:
+        """Whole for a moment while models are loaded, with the process's part of it: a layer, or what is outside the
+        layers."""
+        sharded = list(self.footprint.weights) if self.gpus > 1 else self.offloaded
+        pieces = [max(self.footprint.layer[name], self.footprint.sizes[name].rest) for name in sharded]
+        most = max(pieces, default=0)
+        return most + self._part(most)
+
     def _components(self, kv_cache: int) -> list[Component]:
         components, on_device = [], self._weights()
         for name, size in self.footprint.weights.items():
@@ -272,7 +314,7 @@ class _Planner:
             components.append(Component("CUDA reserve", self._reserve, PHASES, False))
         return components
 
-    def _phase(self, name: str, components: list[Component], work: Work, batches: Batches) -> Phase:
+    def _phase(self, name: str, components: list[Component], work: Work, moved: Traffic, batches: Batches) -> Phase:
         resident = {c.name: c.bytes for c in components if name in c.phases}
         if name == "score":
             for model in self.offloaded:
@@ -280,13 +322,32 @@ class _Planner:
         usages = [usage for usage in _USAGES[name] if usage in self.footprint.usage]
         candidates = [parts for usage in usages for parts in self._transients(usage)]
         most = max(candidates, key=lambda parts: sum(parts.values()))
-        received = self._received(name, batches)
-        link, host = self.chip.link, self.chip.host_link
-        seconds = work.seconds
-        if seconds is not None and link is not None and host is not None:
-            # copies of weights and gradients run beside the computation
-            seconds = max(seconds, received / link, self._from_host(name, batches) / host)
-        return Phase(name, {**resident, **{part: size for part, size in most.items() if size}}, work, received, seconds)
+        seconds, bound = self._seconds(name, work, moved, batches)
+        return Phase(
+            name=name,
+            resident={**resident, **{part: size for part, size in most.items() if size}},
+            work=work,
+            communication=moved.received,
+            network=moved.network,
+            seconds=seconds,
+            bound=bound,
+        )
+
+    def _seconds(self, name: str, work: Work, moved: Traffic, batches: Batches) -> tuple[float | None, str]:
+        """Of a phase, and what takes the longest in it."""
+        link, host, network = self.chip.link, self.chip.host_link, self.machines.network
+        if work.seconds is None or link is None or host is None:
+            return work.seconds, ""
+        others = "network" if moved.network / network > moved.inside / link else "links"
+        times = {
+            "GPU": work.seconds,
+            others: moved.seconds(link, network),
+            "host": self._from_host(name, batches) / host,
+        }
+        longest = max(times, key=lambda key: times[key])
+        if name == "rollout":  # all weights are there before the first token
+            return times["GPU"] + times[others], longest
+        return times[longest], longest  # copies of weights and gradients run beside the computation
 
     def _transients(self, usage: str) -> list[dict[str, int]]:
         """What one step of a phase may have at its peak beside the components."""
@@ -306,37 +367,24 @@ class _Planner:
         if usage.startswith("step"):
             return 0
         name = "policy" if usage == "ptx" else model
-        rest = self.footprint.weights[name] - self.footprint.layers * self.footprint.layer
-        whole = 2 * self.footprint.layer + max(rest, 0)
+        whole = 2 * self.footprint.layer[name] + self.footprint.sizes[name].rest
         gradients = 0 if usage.startswith("score") else 4 * whole // self.footprint.itemsize
         return whole + gradients
 
     # Communication
 
-    def _received(self, name: str, batches: Batches) -> float:
-        """Bytes that a process gets from the others: weights for each pass over the layers, sums of gradients."""
-        if self.gpus == 1:
-            return 0.0
-        share, footprint = (self.shards - 1) / self.shards, self.footprint
-        if name == "rollout":
-            return share * footprint.weights["policy"]
-        if name == "score":
-            models = [usage.split()[1] for usage in _USAGES["score"] if usage in footprint.usage]
-            if self.config.old_logprobs == "recorded":
-                models.remove("policy")
-            return share * sum(footprint.weights[m] for m in models) * batches.minibatches * batches.micro_batches
-        model = name.split()[1]
-        micros = batches.micro_batches + (batches.ptx_micro_batches if model == "policy" else 0)
-        gradients, copies = 4 * footprint.trained[model].parameters, self.gpus // self.shards
-        between_copies = 2 * (copies - 1) / copies * gradients / self.shards
-        received = share * (2 * footprint.weights[model] + gradients) + between_copies
-        return received * micros * batches.optimizer_steps
+    def _traffics(self, batches: Batches) -> dict[str, Traffic]:
+        """What each phase brings to a GPU from others."""
+        steps, ptx = batches.optimizer_steps, batches.ptx_micro_batches
+        updated = {"policy": steps * (batches.micro_batches + ptx), "critic": steps * batches.micro_batches}
+        whole = payloads(self.footprint.sizes, scored(self.config, self.footprint, batches), updated)
+        return {name: traffic(payload, self.gpus, self.shards, self.machines) for name, payload in whole.items()}
 
     def _from_host(self, name: str, batches: Batches) -> float:
         """Bytes between host and device in the busier direction."""
         if name == "score":
-            frozen = sum(self._part(self.footprint.weights.get(m, 0)) for m in self.offloaded)
-            return frozen * batches.minibatches * batches.micro_batches
+            passes = scored(self.config, self.footprint, batches)
+            return sum(self._part(self.footprint.weights[m]) * passes[m] for m in self.offloaded)
         if not name.startswith("update"):
             return 0.0
         model = name.split()[1]

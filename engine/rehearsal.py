@@ -14,13 +14,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .batch import Minibatch, Prompt, Rollout, plan_minibatches
+from .communication import Sizes
 from .config import PPOConfig
-from .fake_models import Shapes, build, products, weights
+from .fake_models import JUDGES, Shapes, build, products, weights
 from .footprint import Footprint, Lengths, Trained
 from .kv_cache import StepTensors, blocks_for
 from .layers import LayerOptions, decoder_layers
 from .live_bytes import LiveBytes, Usage
-from .models import Placement
+from .models import Placement, ScalarModel
 from .optim import Optimizer
 from .ppo import PPO, Experience
 from .rewards import ModelReward
@@ -45,7 +46,7 @@ class Rehearsal:
         self.ppo = self._ppo()
         self.running = min(config.rollout.max_running, config.rollouts_per_iteration)
         self.prefilled = max(1, min(config.rollout.prefill_tokens // lengths.prompt, self.running))
-        self.minibatch, self.experience = self._batch()
+        self.minibatch, self.experience = self._batch(self._sequences)
         self.usage: dict[str, Usage] = {}
 
     def _ppo(self) -> PPO:
@@ -64,11 +65,14 @@ class Rehearsal:
     @property
     def _sequences(self) -> int:
         """Of a micro-batch."""
-        return max(1, min(self.config.micro_batch_tokens // self.lengths.sequence, self.config.minibatch_size))
+        return self._within_budget(self.config.minibatch_size)
 
-    def _batch(self) -> tuple[Minibatch, Experience]:
-        """A minibatch of one micro-batch, and what the updates read beside it."""
-        prompt, response, count = [0] * self.lengths.prompt, [0] * self.lengths.response, self._sequences
+    def _within_budget(self, sequences: int) -> int:
+        return max(1, min(self.config.micro_batch_tokens // self.lengths.sequence, sequences))
+
+    def _batch(self, count: int) -> tuple[Minibatch, Experience]:
+        """A minibatch of one micro-batch of `count` sequences, and what the updates read beside it."""
+        prompt, response = [0] * self.lengths.prompt, [0] * self.lengths.response
         rollouts = [Rollout(prompt, response, torch.zeros(0), True, [])] * count
         budget = count * self.lengths.sequence
         (minibatch,) = plan_minibatches(rollouts, count, budget, [0], self.place.device)
@@ -90,15 +94,19 @@ class Rehearsal:
         cache, policy, models = self.ppo.engine.cache, self.models.policy, self.models.all()
         text = policy.config.get_text_config()
         head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        layers = [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(policy)]
+        layers = {name: [_bytes(layer) for layer in decoder_layers(model)] for name, model in models.items()}
+        reduced = max(1.0, 4 / self.place.dtype.itemsize)  # gradients travel in float32
         blocks, block_size = cache.k_pools[0].shape[:2]
         return Footprint(
             parameters={name: sum(p.numel() for p in model.parameters()) for name, model in models.items()},
             dtype=str(self.place.dtype).removeprefix("torch."),
             itemsize=self.place.dtype.itemsize,
             weights=weights(self.models, shared=self.config.lora.rank > 0),
-            layers=len(layers),
-            layer=max(layers, default=0),
+            sizes={
+                name: Sizes(sum(layers[name]), _bytes(model) - sum(layers[name]), reduced)
+                for name, model in models.items()
+            },
+            layer={name: max(sizes, default=0) for name, sizes in layers.items()},
             trained=trained,
             products={name: products(model) for name, model in models.items()},
             head=policy.head["weight"].numel(),
@@ -109,6 +117,7 @@ class Rehearsal:
             buffers=self.usage["decode"].parts.get("buffers", 0) - cache.nbytes,
             usage=self.usage,
             micro_batch=self._sequences,
+            rewarded=self._within_budget(self.config.rollouts_per_iteration),
             running=self.running,
             prefilled=self.prefilled,
         )
@@ -167,9 +176,14 @@ class Rehearsal:
             self.usage["score reference"] = self.usage["score policy"]
         with self._phase("score critic"):
             models.critic.values(batch)
-        if models.reward:
-            with self._phase("score reward"):
-                models.reward.scores(batch)
+        count = self._within_budget(self.config.rollouts_per_iteration)
+        self._packed(count)
+        whole = self._batch(count)[0].micro_batches[0].batch
+        for name in JUDGES:
+            judge: ScalarModel | None = getattr(models, name)
+            if judge is not None:
+                with self._phase(f"score {name}"):
+                    judge.scores(whole)
 
     def _update(self) -> None:
         config, policy = self.config, self.ppo.policy
@@ -192,8 +206,8 @@ class Rehearsal:
         for p in self._optimizer(name).parameters:
             p.grad = torch.empty_like(p) if there else None
 
-    def _packed(self) -> None:
-        length, sequences = self.lengths.sequence, self._sequences
+    def _packed(self, count: int | None = None) -> None:
+        length, sequences = self.lengths.sequence, count or self._sequences
         self.live.attended(sequences * length * (length + 1) // 2, sequences * length)
 
     @contextmanager
@@ -201,6 +215,10 @@ class Rehearsal:
         self.live.tag = "activations"
         with self.live.measured() as self.usage[name]:
             yield
+
+
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.nbytes for p in module.parameters())
 
 
 def _real(values: list[int], device: torch.device) -> Tensor:

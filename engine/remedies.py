@@ -9,8 +9,6 @@ from functools import partial
 from .config import OptimConfig, PPOConfig
 from .errors import InputError
 from .fake_models import Shapes
-from .footprint import Lengths
-from .hardware import Chip
 from .memory import Plan, plan
 
 Change = Callable[[PPOConfig], PPOConfig]
@@ -35,7 +33,7 @@ def remedies(given: Plan, shapes: Shapes) -> Iterator[Remedy]:
             return
         if flags.startswith("--micro-batch") and now.peak == now.phase("rollout").peak:
             continue  # no use, and planning takes seconds
-        after = _planned(change(now.config), shapes, now.chip, now.lengths, gpus or now.gpus)
+        after = _planned(change(now.config), shapes, now, gpus or now.gpus)
         if after is not None and after.most < now.most:
             yield Remedy(flags, now.most - after.most, after)
             now = after
@@ -74,8 +72,8 @@ def _runtime(config: PPOConfig, **values: object) -> PPOConfig:
     return replace(config, runtime=replace(config.runtime, **values))  # type: ignore[arg-type]
 
 
-def _planned(config: PPOConfig, shapes: Shapes, chip: Chip, lengths: Lengths, gpus: int) -> Plan | None:
+def _planned(config: PPOConfig, shapes: Shapes, now: Plan, gpus: int) -> Plan | None:
     try:
-        return plan(config, shapes, chip, lengths=lengths, gpus=gpus)
+        return plan(config, shapes, now.chip, lengths=now.lengths, gpus=gpus, machines=now.machines)
     except InputError:
         return None

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
+from .communication import USUAL, Machines
 from .config import PPOConfig
 from .errors import first_line
 from .fake_models import Shapes
@@ -16,9 +19,9 @@ from .footprint import Lengths
 from .hardware import GIB, MIB, chip_of
 from .memory import CUDA_RESERVE, PHASES, Plan, plan
 from .metrics import console
-from .plan import unit_of
+from .plan import is_tight, unit_of, verdict
 from .ppo import PPO
-from .rewards import ModelReward
+from .rewards import ModelReward, Reward
 
 _TIMED = {"rollout": ("rollout",), "score": ("score",), "update": ("update policy", "update critic")}
 
@@ -90,10 +93,13 @@ class RunPlan:
     def _planned(self, lengths: Lengths) -> Plan | None:
         """None, with the reason printed, where a model cannot be run on tensors without contents."""
         ppo = self.ppo
-        reward = ppo.reward.model.config if isinstance(ppo.reward, ModelReward) else None
         try:
-            shapes = Shapes.of(ppo.policy.config, ppo.critic.config, reward)
-            return plan(ppo.config, shapes, chip_of(self.device), lengths=lengths, gpus=ppo.ranks.size)
+            reward, judge = _shape(ppo.reward), _shape(ppo.judge)
+            shapes = Shapes.of(ppo.policy.config, ppo.critic.config, reward, None if judge is reward else judge)
+            machines = Machines(int(os.environ.get("LOCAL_WORLD_SIZE", USUAL.gpus)))
+            return plan(
+                ppo.config, shapes, chip_of(self.device), lengths=lengths, gpus=ppo.ranks.size, machines=machines
+            )
         except Exception as error:  # a plan is a convenience: no model is too unusual to be trained for want of one
             self._print(f"no plan of this run: {type(error).__name__}: {first_line(error)}")
             return None
@@ -108,6 +114,11 @@ class RunPlan:
         versions = ", ".join(f"{package} {version(package)}" for package in ("ppomax", "torch", "transformers"))
         dtype = str(policy.model.dtype).removeprefix("torch.")
         return f"on {several}{name}, {dtype}, attention {policy.placement.attention}{_options(config)}; {versions}"
+
+
+def _shape(reward: Reward | None) -> Any:
+    """The configuration of a reward model; None where there is no model. Of one model it is one object."""
+    return reward.model.config if isinstance(reward, ModelReward) else None
 
 
 def _options(config: PPOConfig) -> str:
@@ -126,16 +137,16 @@ def _summary(made: Plan) -> list[str]:
     batches, config = made.batches, made.config
     unit = unit_of(made)
     peaks = ", ".join(f"{name} {made.phase(name).peak / unit.bytes:.1f}" for name in PHASES)
-    verdict = "" if made.fits else f": MORE THAN THE {made.chip.memory / unit.bytes:.1f} THERE ARE (see ppomax plan)"
+    end = f": {verdict(made)}" if is_tight(made) else ""
+    if not made.fits:
+        end = f": MORE THAN THE {made.chip.memory / unit.bytes:.1f} THERE ARE (see ppomax plan)"
     lines = [
         f"plan: {batches.rollouts} rollouts, {batches.running} sampled at a time; {batches.minibatches} minibatches of "
         f"{config.minibatch_size}, a process's part in {batches.micro_batches} micro-batches of {batches.micro_batch}",
-        f"plan: {unit.name} of tensors, sequences at their longest: {peaks}{verdict}",
+        f"plan: {unit.name} of tensors, sequences at their longest: {peaks}{end}",
     ]
     if made.seconds is not None and made.mfu is not None:
-        lines.append(
-            f"plan: {made.seconds:.1f} s an iteration at the longest (a model), {made.mfu:.0%} of the chip's rate"
-        )
+        lines.append(f"plan: {made.seconds:.1f} s an iteration at the longest (a model), MFU {made.mfu:.0%}")
     return lines
 
 

@@ -10,7 +10,14 @@ from typing import Any
 import pytest
 import torch
 from ppomax.engine import checkpoint
-from ppomax.engine.checkpoint import atomic_file, atomic_folder, load_state, save_checkpoint, save_model
+from ppomax.engine.checkpoint import (
+    atomic_file,
+    atomic_folder,
+    check_writable,
+    load_state,
+    save_checkpoint,
+    save_model,
+)
 from ppomax.engine.errors import InputError, StorageError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -154,6 +161,36 @@ def test_a_file_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(StorageError, match=f"^{tmp_path}/file/x: could not be written"):
         write_half(atomic_file, tmp_path / "file" / "x", FULL)
+
+
+# Before long work
+
+
+@pytest.mark.parametrize("name", ["new", "old", "deep/new"])
+def test_a_file_that_can_be_written(name: str, tmp_path: Path, files_in: Callable) -> None:
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / name)
+    assert files_in(tmp_path) == {"old": b"old"}
+    assert not (tmp_path / "deep").exists()
+
+
+NO_FILES: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "a folder": (lambda folder: folder, "expected the name of a file to write, found a folder"),
+    "a device": (lambda folder: Path(os.devnull), "expected the name of a file to write, found a device"),
+    "below a file": (lambda folder: folder / "file" / "x", "expected a file that can be written: Not a directory"),
+    "too long": (lambda folder: folder / ("x" * 250), "expected a file that can be written: File name too long"),
+    "nowhere": (lambda folder: Path("/proc/x"), "expected a file that can be written: "),
+}
+
+
+@pytest.mark.parametrize("case", NO_FILES)
+def test_what_cannot_be_written_is_known_before(case: str, tmp_path: Path, files_in: Callable) -> None:
+    (tmp_path / "file").write_text("old")
+    place, expected = NO_FILES[case]
+    path = place(tmp_path)
+    with pytest.raises(InputError, match=f"^{path}: {expected}"):
+        check_writable(path)
+    assert files_in(tmp_path) == {"file": b"old"}
 
 
 # Models and checkpoints

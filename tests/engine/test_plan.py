@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from io import StringIO
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from ppomax.engine import cli
+from ppomax.engine import cli, run_plan
+from ppomax.engine import plan as plan_module
 from ppomax.engine.batch import Prompt
+from ppomax.engine.communication import Machines
 from ppomax.engine.config import PPOConfig, from_dict
 from ppomax.engine.errors import InputError
 from ppomax.engine.fake_models import Shapes
@@ -20,9 +23,11 @@ from ppomax.engine.footprint import Lengths
 from ppomax.engine.hardware import GIB, GPUS, Chip, chip, chip_of
 from ppomax.engine.memory import plan
 from ppomax.engine.metrics import console
-from ppomax.engine.plan import read_shape, reference_shape
+from ppomax.engine.plan import plan_command, read_shape, reference_shape, show, show_remedies, verdict
 from ppomax.engine.remedies import remedies
+from ppomax.engine.rewards import ModelReward
 from ppomax.engine.run_plan import RunPlan
+from rich.console import Console
 from transformers import LlamaConfig
 
 LENGTHS = Lengths(96, 32)
@@ -109,7 +114,7 @@ def test_times_are_those_of_the_slower_of_products_and_memory(h200: Chip) -> Non
         assert slower.phase(phase.name).seconds == pytest.approx(2 * phase.seconds, rel=0.1)  # small: memory alone
     assert made.seconds == sum(phase.seconds or 0 for phase in made.phases)
     assert made.tokens_per_second == pytest.approx(8 * LENGTHS.sequence / (made.seconds or 1))
-    assert made.mfu == pytest.approx(made.needed / (made.seconds or 1) / 790e12)
+    assert made.mfu == pytest.approx(made.needed / (made.seconds or 1) / 989e12)  # of the vendor's peak
 
 
 def test_a_device_without_known_ceilings_has_no_times() -> None:
@@ -148,6 +153,11 @@ def test_changes_are_planned_one_after_another_until_it_fits(h200: Chip) -> None
         flags = remedy.flags.removesuffix(" (all weights trained)").split()
         assert cli._parse("plan", ["--model", "7b-shape", *flags])
     assert list(remedies(whole, SHAPES)) == []
+    printed = Console(width=200, record=True, file=StringIO())
+    show_remedies(made, found, printed)
+    assert "with all of these: fits, " in printed.export_text()
+    show_remedies(replace(made, chip=replace(tight, memory=made.peak - 1)), found[:-1], printed)
+    assert "No change known here makes it fit." in printed.export_text()
 
 
 def test_the_reference_shape_has_8_billion_parameters() -> None:
@@ -163,6 +173,9 @@ def test_every_gpu_says_where_its_figures_come_from() -> None:
         name: "measured" if name == "h200" else "vendor data sheet" for name in GPUS
     }
     assert chip_of(torch.device("cpu")).flops is None
+    h200, h100 = chip("h200"), chip("h100-80")
+    assert h200.flops == h100.flops == 989e12
+    assert h200.rate == pytest.approx(h100.rate, rel=0.01)  # the same chip: what one reaches the other is taken to
 
 
 def test_unknown_gpus_and_folders_are_named(tmp_path: Path) -> None:
@@ -194,6 +207,8 @@ def test_the_command_prints_and_writes_a_plan(
     assert made["peak"] == max(phase["peak"] for phase in made["phases"])
     for text in ("weights policy", "moments critic", "KV cache", "peak", "tokens of a micro-batch", "checkpoint"):
         assert text in outcome.out
+    assert "to spare" in outcome.out
+    assert "weights judge" not in outcome.out
 
 
 @pytest.mark.parametrize(
@@ -203,12 +218,69 @@ def test_the_command_prints_and_writes_a_plan(
         (("--prompt-tokens", "0"), "prompt tokens = 0: expected at least 1"),
         (("--gpus", "0"), "GPUs = 0: expected 1 to minibatch_size = 32"),
         (("--reward", "nowhere"), "nowhere: no such folder"),
+        (("--judge", "nowhere"), "nowhere: no such folder"),
+        (("--gpus-per-machine", "0"), "GPUs of a machine = 0: expected at least 1"),
+        (("--network", "0"), "network = 0 GB/s: expected more than 0"),
     ],
 )
 def test_bad_input_of_the_command_is_one_line(
     flags: tuple[str, ...], message: str, ppomax: Callable, policy_folder: Path
 ) -> None:
     assert ppomax("plan", "--model", policy_folder, *flags).complaint.startswith(message)
+
+
+def folder_of(config: LlamaConfig, place: Path) -> str:
+    config.save_pretrained(place)
+    return str(place)
+
+
+def test_a_judge_of_the_rewards_folder_is_the_reward_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned: list[Shapes] = []
+    monkeypatch.setattr(plan_module, "plan", lambda config, shapes, *args, **options: planned.append(shapes))
+    monkeypatch.setattr(plan_module, "show", lambda *args: (_ for _ in ()).throw(InputError("enough")))
+    policy, reward = (folder_of(shape(), tmp_path / name) for name in ("policy", "reward"))
+    larger = folder_of(LlamaConfig(hidden_size=128), tmp_path / "judge")
+    for judge in (None, "function", reward, larger):
+        with pytest.raises(InputError, match="enough"):
+            plan_command(PPOConfig(), policy, "cpu", reward=reward, judge=judge)
+    assert [shapes.judge is None for shapes in planned] == [True, True, True, False]
+    assert json.loads(planned[-1].judge or "")["hidden_size"] == 128
+
+
+@pytest.mark.parametrize(
+    ("spare", "words"),
+    [
+        (0.5, "fits, 50.0 GiB to spare"),
+        (0.049, "fits, 4.9 GiB to spare, LITTLE: fragmentation is not modelled"),
+        (-0.25, "does not fit, 25.0 GiB too many"),
+    ],
+    ids=["plenty", "little", "too much"],
+)
+def test_the_verdict_says_by_how_much(spare: float, words: str, h200: Chip) -> None:
+    made = plan(small(), SHAPES, h200, lengths=LENGTHS)
+    made = replace(made, loading=int((1 - spare) * 100 * GIB), chip=replace(h200, memory=100 * GIB))
+    assert verdict(made) == words
+    line = run_plan._summary(made)[1]  # of a run
+    assert line.endswith(words) == ("LITTLE" in words)
+    assert ("MORE THAN THE 100.0 THERE ARE" in line) == (spare < 0)
+
+
+def test_the_tables_of_several_machines_say_what_goes_where(h200: Chip) -> None:
+    made = plan(small(), SHAPES, h200, lengths=LENGTHS, gpus=4, machines=Machines(2, 25e9))
+    console = Console(width=80)  # and nothing is cut
+    with console.capture() as printed:
+        show(made, console)
+    text = printed.get()
+    for words in ("4 x h200 in 2 machines", "by network", "25 GB/s a GPU, as stated", "Loading takes"):
+        assert words in " ".join(text.split())
+    assert "…" not in text
+    rows = ([cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines())
+    cells = {row[0]: row[1:] for row in rows if len(row) == 6}
+    received = [phase.communication / 1e9 for phase in made.phases]
+    assert list(map(float, cells["GB received"])) == pytest.approx([*received, sum(received)], abs=0.01)
+    assert float(cells["seconds"][-1]) == pytest.approx(made.seconds, abs=0.01)
+    assert cells["bound by"] == [*(phase.bound for phase in made.phases), ""]
+    assert cells["MFU"][-1] == f"{made.mfu:.0%}"
 
 
 def test_a_run_prints_its_plan(ppomax: Callable, arguments: Callable, tmp_path: Path) -> None:
@@ -223,6 +295,22 @@ def test_a_run_prints_its_plan(ppomax: Callable, arguments: Callable, tmp_path: 
     assert "MiB of tensors, sequences at their longest: rollout " in plans[1]
     assert len(plans) == 2
     assert re.search(r"ppo memory: \d+ MiB of tensors planned; the process was at [\d,]+ at most, ", outcome.err)
+
+
+def test_a_run_plans_its_judge_and_its_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = SimpleNamespace(requires_grad_=lambda on: model, config=shape(), device=torch.device("cpu"))
+    other = SimpleNamespace(requires_grad_=lambda on: other, config=shape())
+    planned: list[Any] = []
+    monkeypatch.setattr(run_plan, "plan", lambda config, shapes, chip, **options: planned.append((shapes, options)))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    reward = ModelReward(model, 256)  # type: ignore[arg-type]
+    for judge in (None, reward, lambda prompts, rollouts: torch.zeros(0), ModelReward(other, 256)):  # type: ignore[arg-type]
+        ppo = SimpleNamespace(
+            config=small(), policy=model, critic=model, reward=reward, judge=judge, ranks=SimpleNamespace(size=8)
+        )
+        RunPlan(ppo, "ppo")._planned(LENGTHS)  # type: ignore[arg-type]
+    assert [shapes.judge is None for shapes, _ in planned] == [True, True, True, False]
+    assert all(options["machines"].gpus == 4 for _, options in planned)
 
 
 @pytest.fixture
@@ -257,7 +345,7 @@ def test_a_run_on_a_gpu_ends_with_what_it_took(run_on_gpu: RunPlan, monkeypatch:
 
 def test_a_model_that_cannot_be_planned_is_trained_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = SimpleNamespace(config=None, device=torch.device("cpu"))
-    run = RunPlan(SimpleNamespace(policy=policy, critic=policy, reward=None), "ppo")  # type: ignore[arg-type]
+    run = RunPlan(SimpleNamespace(policy=policy, critic=policy, reward=None, judge=None), "ppo")  # type: ignore[arg-type]
     with console.capture() as printed:
         assert run._planned(LENGTHS) is None
     assert printed.get().startswith("ppo no plan of this run: AttributeError: ")
