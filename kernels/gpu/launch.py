@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ def overriding(name: str, config: Mapping[str, int]) -> Iterator[None]:
 
 
 def launch(kernel: Any, grid: Sequence[int], config: Mapping[str, int], **arguments: Any) -> None:
-    """kernel[grid](**arguments, **config); an empty grid launches nothing.
+    """kernel[grid](**arguments, **config) on the device of its tensors; an empty grid launches nothing.
 
     Raises:
         RuntimeError: the kernel cannot be compiled or launched; names it, its configuration and its tensors.
@@ -84,10 +84,19 @@ def launch(kernel: Any, grid: Sequence[int], config: Mapping[str, int], **argume
         _recording.append(Launch(kernel, tuple(grid), arguments, options))
         return
     try:
-        kernel[tuple(grid)](**arguments, **options, enable_fp_fusion=True)
+        with _device_of(arguments):
+            kernel[tuple(grid)](**arguments, **options, enable_fp_fusion=True)
     except Exception as error:
         shapes = {name: tuple(x.shape) for name, x in arguments.items() if isinstance(x, torch.Tensor)}
         raise RuntimeError(f"{kernel.__name__}: grid {tuple(grid)}, {dict(config)}, {shapes}: {error}") from error
+
+
+def _device_of(arguments: Mapping[str, Any]) -> AbstractContextManager[Any]:
+    """Within it a launch is on the device of the first tensor: Triton takes the current one, whatever it is given."""
+    device = next((x.device for x in arguments.values() if isinstance(x, torch.Tensor)), None)
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def configuration(name: str, device: torch.device, **shape: int) -> dict[str, int]:

@@ -5,7 +5,9 @@ what is beyond it is anything.
 
 One program has a row. It reads the logits for the statistics, and once more, from the end, where tiles are still in
 cache, for the gradient. What both kernels do with a row is the same code in the same order, so their log-probs are
-equal bit for bit.
+equal bit for bit. For that the order of sums within a tile has to be the same too, which follows from how a tile lies
+on threads: the compiler chooses one way for all tiles of a shape, by the widest of their accesses. So tiles of the
+gradient, which may be halves, have a shape of their own.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def row_gradient(
     if (c != 0) | (h != 0):
         last = (vocab - 1) // BLOCK_V * BLOCK_V
         for start in range(0, vocab, BLOCK_V):
-            offs_v = last - start + tl.arange(0, BLOCK_V)
+            offs_v = last - start + tl.arange(0, BLOCK_V)[None, :]
             x = load_logits(row_ptr, stride_row, offs_v, bias_ptr, softcap, vocab)
             logp = (x - top) * inverse - log_sum
             upstream = c
@@ -85,8 +87,8 @@ def row_gradient(
 @triton.jit
 def row_zeros(out_ptr, stride_out, vocab, BLOCK_V: tl.constexpr):
     for start in range(0, vocab, BLOCK_V):
-        offs_v = start + tl.arange(0, BLOCK_V)
-        tl.store(out_ptr + offs_v, tl.zeros((BLOCK_V,), out_ptr.dtype.element_ty), mask=offs_v < stride_out)
+        offs_v = start + tl.arange(0, BLOCK_V)[None, :]
+        tl.store(out_ptr + offs_v, tl.zeros((1, BLOCK_V), out_ptr.dtype.element_ty), mask=offs_v < stride_out)
 
 
 @triton.jit

@@ -128,6 +128,42 @@ def test_the_report_sees_spills_and_narrow_accesses() -> None:
     assert [len(narrow({"kernels": [found[name]]})) for name in ("good", "odd", "crowded")] == [0, 1, 0]
 
 
+SUMS = """
+import json, re, triton
+from compile_report import record
+from compiled import specialised
+from ops_head import linear_logprobs, linear_ppo
+from suites import BF16
+
+def kernel(op):
+    launch = next(x for _, x in record(op, "ppomax", "sm_90").launches if x.kernel.__name__.endswith("_rows"))
+    it = specialised(launch, "sm_90")
+    return launch.kernel.__name__, triton.compile(it.source, target=it.target, options=it.options).asm
+
+def of_statistics(asm):
+    # how the tiles that are summed lie on threads, and the arithmetic before the first result is stored
+    layouts = dict(re.findall(r"^(#\\w+) = (#ttg.*)$", asm["ttgir"], re.M))
+    summed = re.findall(r"\\}\\) : \\(tensor<(\\w+), (#\\w+)>\\) -> f32", asm["ttgir"])
+    code = re.findall(r"\\b(?:[a-z]\\w*\\.[\\w.]*f32|shfl[\\w.]*|bar.sync)", asm["ptx"].split("st.global")[0])
+    return [(shape, layouts[name]) for shape, name in summed], code
+
+shape = (1024, 1024, 4096, BF16, "meta")
+(op,) = [op for op in linear_logprobs(*shape) if op.name == "linear_logprobs forward"]
+print(json.dumps({name: of_statistics(asm) for name, asm in map(kernel, (op, linear_ppo(*shape)[0]))}))
+"""
+
+
+def test_both_row_kernels_sum_in_one_order() -> None:
+    """Of bf16 rows, whose gradient is stored in wider tiles than the logits are read in: scored and trained log-probs
+    are to be equal bit for bit, and only a GPU's threads show where they are not."""
+    done = python("-c", SUMS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    (layouts, code), trained = found["linear_rows"], found["linear_policy_rows"]
+    assert (len(layouts), len(code) > 50) == (3, True)
+    assert [layouts, code] == trained
+
+
 @pytest.mark.slow
 def test_the_oldest_triton_too(tmp_path: Path) -> None:
     target = tmp_path / "triton"

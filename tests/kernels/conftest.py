@@ -18,14 +18,25 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def drawn_on_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`torch.randn` and its kin for the default device: a test finds the same on any, but for what the device does."""
+
+    def drawn(*args: Any, requires_grad: bool = False, **kwargs: Any) -> Tensor:
+        return draw(*args, **kwargs, device="cpu").to(torch.get_default_device()).requires_grad_(requires_grad)
+
+    return drawn
+
+
 @pytest.fixture(params=["torch", "triton"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs a test on the torch path, and on the Triton path: on the GPU where there is one (new tensors are on it
-    then), else in Triton's interpreter."""
+    then, with the numbers that a CPU draws), else in Triton's interpreter."""
     if request.param == "torch":
         yield "torch"
     elif torch.cuda.is_available():
         torch.set_default_device("cuda")
+        for name in ("rand", "randn", "randint", "randperm"):
+            monkeypatch.setattr(torch, name, drawn_on_cpu(getattr(torch, name)))
         yield "triton"
         torch.set_default_device(None)
     else:

@@ -11,7 +11,8 @@ from torch import Tensor
 pytestmark = pytest.mark.usefixtures("path")
 
 KINDS = ["k1", "abs", "k2", "k3", "k1+", "k3+"]
-CLAMPS: dict[str, dict[str, float]] = {"": {}, "log-ratio": {"log_ratio_clamp": 0.6}, "result": {"clamp": 0.4}}
+# no tighter: near 0 a GPU's exp, off by 2 ulps, is all of k3's error
+CLAMPS: dict[str, dict[str, float]] = {"": {}, "log-ratio": {"log_ratio_clamp": 1.7}, "result": {"clamp": 1.5}}
 
 
 def test_closed_forms() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,31 @@ def test_launch_splits_the_configuration() -> None:
     launch(kernel, [3, 2], {"BLOCK_V": 64, "num_warps": 4, "num_stages": 2}, x_ptr=None)
     expected = {"x_ptr": None, "BLOCK_V": 64, "num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
     assert kernel.calls == [((3, 2), expected)]
+
+
+class Elsewhere(torch.Tensor):
+    """Stands for a tensor on the second GPU."""
+
+    device = torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(("current", "entered"), [(0, [torch.device("cuda", 1)]), (1, [])])
+def test_launches_are_on_the_device_of_their_tensors(
+    current: int, entered: list[torch.device], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[torch.device] = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        devices.append(device)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    kernel = Kernel()
+    launch(kernel, (1,), {}, mask_ptr=None, x_ptr=torch.empty(3, device="cpu").as_subclass(Elsewhere), n=3)
+    assert devices == entered
+    assert len(kernel.calls) == 1
 
 
 def test_an_empty_grid_launches_nothing() -> None:

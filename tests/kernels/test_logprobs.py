@@ -151,7 +151,8 @@ def test_strided_inputs() -> None:
     strided = with_gradient(logprobs_from_logits, logits, labels, torch.ones(3), torch.ones(3), mask=mask)
     inputs = (logits.detach().clone().requires_grad_(), labels.clone(), torch.ones(3), torch.ones(3))
     for a, b in zip(strided, with_gradient(logprobs_from_logits, *inputs, mask=mask.clone()), strict=True):
-        assert torch.equal(a, b)
+        # not bit for bit: a GPU reads rows in wider pieces where all are aligned, and sums in another order then
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -211,10 +211,9 @@ def test_flat_distributions(options: dict, path: str, monkeypatch: pytest.Monkey
     if path == "triton":
         from ppomax.kernels.gpu import sampling as triton_path
 
-        configuration = triton_path.configuration
-        small = {"CAPACITY": 32, "BLOCK_S": 2}
+        configuration, small = triton_path.configuration, {"sample_draw": {"CAPACITY": 32, "BLOCK_S": 2}}
         monkeypatch.setattr(
-            triton_path, "configuration", lambda name, *a, **k: {**configuration(name, *a, **k), **small}
+            triton_path, "configuration", lambda name, *a, **k: {**configuration(name, *a, **k), **small.get(name, {})}
         )
     rows = [torch.randn(1000), torch.randn(1000).round(), torch.zeros(1000), torch.randn(1000) - 300.0]
     logits = torch.stack(rows)

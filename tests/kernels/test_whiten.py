@@ -72,7 +72,7 @@ def test_segments() -> None:
     whitened = masked_whiten(x, mask, segments=rows, num_segments=4)
     for b in range(4):
         torch.testing.assert_close(whitened[b], masked_whiten_ref(x[b], mask[b]), rtol=1e-9, atol=1e-12)
-    assert torch.equal(whitened, masked_whiten(x, mask, segments=rows))
+    torch.testing.assert_close(masked_whiten(x, mask, segments=rows), whitened, rtol=1e-12, atol=1e-12)
     assert masked_mean(x, mask, segments=rows).shape == (4,)
 
 
