@@ -85,7 +85,8 @@ def reference_setting(prompts: int = 128) -> Setting:
     config = preset(
         "ppo-max", rollouts_per_iteration=prompts, minibatch_size=min(32, prompts), ptx_coef=0.0,
         critic_pretrain_iterations=0,
-        **{"rollout.max_response": 1024, "rollout.max_running": 128, "rollout.sleep": True, **lean},
+        **{"rollout.max_response": 1024, "rollout.max_running": 128, "rollout.sleep": True, "rollout.kv_memory": 0.5},
+        **lean,
     )  # fmt: skip
     return Setting(reference_shape(), config, Lengths(1024, 1024))
 

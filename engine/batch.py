@@ -140,7 +140,7 @@ def pack_rollouts(rollouts: Sequence[Rollout], device: torch.device) -> PackedBa
 
 def cumulative(lengths: Sequence[int], device: torch.device) -> Tensor:
     """`[len + 1]` int32: 0, l_0, l_0 + l_1, ..."""
-    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 def split_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:

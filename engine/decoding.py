@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from .attention import Paged
 from .flash import KERNELS, check_fits
 from .kv_cache import KVCache, StepTensors
 from .models import CausalModel
+from .parallel import is_sharded
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # batches with a graph of their own
 _SIZE_STEP = 64  # between those beyond
@@ -29,7 +30,8 @@ class Decoder:
 
     With `graphs`, on CUDA, steps in which every sequence computes one token run as CUDA graphs, one for each of a few
     batch sizes: the batch is filled up to the next size with rows that write nothing. A graph holds the addresses of
-    weights and pools, so `forget` has to come before either moves. Updates of the weights in place need none.
+    weights and pools, so `forget` has to come before either moves. Updates of the weights in place need none. A sharded
+    policy takes none: its layers make other streams wait, which no graph may hold.
 
     `kernel`: what attends to the cache, as `flash.resolve_paged` names it; InputError where the policy does not fit it.
     """
@@ -40,15 +42,20 @@ class Decoder:
         self.graphs: dict[int, _Graph] = {}
         self.fixed = _fixed_inputs(cache) if graphs else None
         """What graphs read: the same memory for all of them"""
+        self.stream: Any = None
+        """That graphs are captured on: one, so that libraries set up one workspace for all of them"""
+        self.pool: Any = None
+        """Memory that graphs work in, one after another; what one leaves in `hidden` is kept"""
 
     def forget(self) -> None:
         """Drop all graphs; they are captured again when they are needed."""
         self.graphs.clear()
+        self.pool = None
 
     def hidden(self, step: Step) -> Tensor:
         """Last hidden states `[N, H]` that the step's samples are drawn from."""
         self.cache.apply(step)
-        if self.fixed is not None and step.num_decodes == step.num_members:
+        if self.fixed is not None and step.num_decodes == step.num_members and not is_sharded(self.policy):
             return self._replay(self.fixed, step.num_members)
         inputs = self.cache.inputs(step)
         longest = int(self.cache.host.cu_seqlens[: step.num_members + 1].diff().max())
@@ -80,13 +87,15 @@ class Decoder:
         return self.graphs[size].hidden[:members]
 
     def _capture(self, inputs: StepTensors) -> _Graph:
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        self.stream = self.stream or torch.cuda.Stream(self.cache.device)
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        stream, current = self.stream, torch.cuda.current_stream(self.cache.device)
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             self._forward(inputs)  # kernels are compiled and libraries set up before; it writes what the replay writes
         current.wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream):
             hidden = self._forward(inputs)
         return _Graph(graph, hidden)
 

@@ -16,7 +16,7 @@ from .config import EvalConfig
 from .data import OnBad, Paths, read_prompts, split_by_context
 from .measures import action_metrics
 from .models import CausalModel, Placement, check_same_tokenizer, check_vocabulary, load_policy, load_tokenizer
-from .parallel import ALONE, Ranks, is_sharded
+from .parallel import ALONE, Ranks
 from .prompts import encode_prompts
 from .rewards import Reward, Source, make_reward
 from .rollout import RolloutEngine, random_seeds
@@ -57,12 +57,11 @@ def answer_and_judge(
     ranks: Ranks = ALONE,
 ) -> Answers:
     """Sample one response to each prompt and score it. The same seed draws the same random numbers."""
+    ranks.check_same("held-out prompts", (prompt.tokens for prompt in prompts))
     seeds = random_seeds(len(prompts), seed, _SEED)
     own = ranks.share([1] * len(prompts))
     with ranks.gathered(engine.policy):
         drawn = engine.generate([prompts[i].tokens for i in own], [seeds[i] for i in own])
-    if is_sharded(engine.policy):
-        engine.decoder.forget()  # graphs hold addresses of weights, which are gone
     rollouts = [rollout for _, rollout in sorted(ranks.gather(list(zip(own, drawn, strict=True))), key=itemgetter(0))]
     (whole,) = plan_minibatches(
         rollouts, len(rollouts), micro_batch_tokens, None, reference.device, rank=ranks.rank, processes=ranks.size
@@ -101,9 +100,10 @@ class Evaluation:
         return WinRate(*(float(outcome.double().mean()) for outcome in outcomes))
 
     def gain(self, judge: str) -> tuple[float, float]:
-        """Mean difference of the scores, policy - baseline, and half of its 95 % interval over prompts."""
+        """Mean difference of the scores, policy - baseline, and half of its 95 % interval over prompts (NaN of one)."""
         difference = self.policy.scores[judge] - self.baseline.scores[judge]
-        return float(difference.mean()), 1.96 * float(difference.std()) / math.sqrt(len(difference))
+        deviation = float(difference.std()) if len(difference) > 1 else math.nan
+        return float(difference.mean()), 1.96 * deviation / math.sqrt(len(difference))
 
 
 def evaluate(

@@ -22,6 +22,8 @@ from .errors import InputError
 KERNELS = ("flash-attn", "torch")
 _HALVES = (torch.bfloat16, torch.float16)
 _MAX_HEAD = 256
+_PACKED = {"scale", "window_size"}  # arguments of torch's function without which it cannot do what is asked here
+_PAGED = _PACKED | {"enable_gqa", "seqused_k", "block_table", "num_splits"}
 
 
 def resolve_packed(name: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -32,9 +34,9 @@ def resolve_packed(name: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     if name == "auto":
         fits = device.type == "cuda" and dtype in _HALVES
-        return next((other for other in KERNELS if fits and _missing(other) is None), "sdpa")
+        return next((other for other in KERNELS if fits and _missing(other, _PACKED) is None), "sdpa")
     if name != "sdpa":
-        _require(f"RuntimeConfig.attention = {name!r}", name, device, dtype)
+        _require(f"RuntimeConfig.attention = {name!r}", name, _PACKED, device, dtype)
     return name
 
 
@@ -50,7 +52,7 @@ def resolve_paged(name: str, device: torch.device, dtype: torch.dtype) -> str:
         if device.type != "cuda":
             raise InputError(f"RolloutConfig.attention = 'triton' runs on a GPU, and the device is {device}")
     else:
-        _require(f"RolloutConfig.attention = {name!r}", name, device, dtype)
+        _require(f"RolloutConfig.attention = {name!r}", name, _PAGED, device, dtype)
     return name
 
 
@@ -73,8 +75,8 @@ def check_fits(kernel: str, config: Any) -> None:
         )
 
 
-def _require(field: str, name: str, device: torch.device, dtype: torch.dtype) -> None:
-    if missing := _missing(name):
+def _require(field: str, name: str, needed: set[str], device: torch.device, dtype: torch.dtype) -> None:
+    if missing := _missing(name, needed):
         raise InputError(f"{field}: {missing}")
     if device.type != "cuda":
         raise InputError(f"{field} runs on a GPU, and the device is {device}")
@@ -82,13 +84,14 @@ def _require(field: str, name: str, device: torch.device, dtype: torch.dtype) ->
         raise InputError(f"{field} computes in bfloat16, and the dtype is {str(dtype).removeprefix('torch.')}")
 
 
-def _missing(name: str) -> str | None:
-    """What would have to be installed for the kernels `name`; None where they are there."""
+def _missing(name: str, needed: set[str]) -> str | None:
+    """What would have to be installed for the kernels `name`, torch's with the arguments `needed`; None where they are
+    there."""
     if name == "flash-attn":
         return None if find_spec("flash_attn") else "the package flash-attn is not installed"
-    needed = {"scale", "window_size", "enable_gqa", "block_table", "num_splits"}
     if not find_spec("torch.nn.attention.varlen") or needed - _parameters(_library(name)):
-        return f"torch {torch.__version__} has no attention of packed sequences with windows and grouped heads"
+        of = "over a paged cache" if "block_table" in needed else "of packed sequences with windows"
+        return f"torch {torch.__version__} has no attention {of}"
     return None
 
 
@@ -117,8 +120,10 @@ class PagedKernel(Protocol):
 @cache
 def packed(kernel: str) -> Packed:
     """The library's attention over packed sequences."""
-    run: Any = {"flash-attn": _flash_packed, "torch": _torch_packed}[kernel]
-    return partial(run, _library(kernel))
+    library = _library(kernel)
+    if kernel == "flash-attn":
+        return partial(_flash_packed, library)
+    return partial(_torch_packed, library, "enable_gqa" in _parameters(library))
 
 
 @cache
@@ -158,14 +163,15 @@ def _flash_packed(
 
 
 def _torch_packed(
-    run: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *, scale: float,
-    window: int | None, softcap: float | None, deterministic: bool,
+    run: Callable[..., Tensor], has_flag: bool, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, *,
+    scale: float, window: int | None, softcap: float | None, deterministic: bool,
 ) -> Tensor:  # fmt: skip
-    """Deterministic where `torch.use_deterministic_algorithms` says so."""
+    """Deterministic where `torch.use_deterministic_algorithms` says so. Releases whose function has no flag for grouped
+    heads (`has_flag`) take them without."""
     _no_softcap(softcap)
+    grouped = {"enable_gqa": q.shape[1] != k.shape[1]} if has_flag else {}
     return run(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest,
-        scale=scale, window_size=_window(window), enable_gqa=q.shape[1] != k.shape[1],
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=_window(window), **grouped
     )  # fmt: skip
 
 

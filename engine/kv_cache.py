@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ._kv import KVCacheManager, Step
+from .errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -112,8 +113,8 @@ class KVCache:
             memory_share: in place of `num_blocks`, the share of the device's free memory (CUDA) that the pools take.
 
         Raises:
-            ValueError: both are given; a share outside (0, 1] or of a device that is not CUDA; a pool too small for
-                one sequence of full length.
+            InputError: a pool too small for one sequence of full length, or too large for the manager or the memory.
+            ValueError: both are given; a share outside (0, 1] or of a device that is not CUDA.
         """
         text = config.get_text_config()
         sizes: dict[str, Any] = {
@@ -131,19 +132,27 @@ class KVCache:
         elif num_blocks is None:
             num_blocks = 1 + max_sequences * longest
         if num_blocks <= longest:
-            raise ValueError(
+            raise InputError(
                 f"a KV cache of {num_blocks - 1} blocks of {block_size} tokens does not hold one sequence of "
-                f"{max_tokens_per_sequence} tokens, which takes {longest}"
+                f"{max_tokens_per_sequence} tokens, which takes {longest}: expected more memory (rollout.kv_memory, "
+                "rollout.kv_blocks) or a shorter max_sequence"
             )
-        return cls(
-            **sizes,
-            num_blocks=num_blocks,
-            max_sequences=max_sequences,
-            max_tokens_per_sequence=max_tokens_per_sequence,
-            device=device,
-            max_prefill_tokens=max_prefill_tokens,
-            stop_tokens=stop_tokens,
-        )
+        try:
+            return cls(
+                **sizes,
+                num_blocks=num_blocks,
+                max_sequences=max_sequences,
+                max_tokens_per_sequence=max_tokens_per_sequence,
+                device=device,
+                max_prefill_tokens=max_prefill_tokens,
+                stop_tokens=stop_tokens,
+            )
+        except (ValueError, RuntimeError) as error:
+            raise InputError(
+                f"a KV cache of {num_blocks} blocks of {block_size} tokens for {max_sequences} sequences of "
+                f"{max_tokens_per_sequence} tokens cannot be made ({first_line(error)}): expected less of "
+                "max_sequence, rollout.max_running or rollout.kv_blocks"
+            ) from error
 
     @property
     def nbytes(self) -> int:

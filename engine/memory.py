@@ -347,6 +347,8 @@ class _Planner:
         longest = max(times, key=lambda key: times[key])
         if name == "rollout":  # all weights are there before the first token
             return times["GPU"] + times[others], longest
+        if name == "score" and self.gpus == 1:  # of each model all weights are there before the first batch
+            return times["GPU"] + times["host"], longest
         return times[longest], longest  # copies of weights and gradients run beside the computation
 
     def _transients(self, usage: str) -> list[dict[str, int]]:
@@ -366,6 +368,8 @@ class _Planner:
             return self.footprint.weights["policy"] - self._part(self.footprint.weights["policy"])
         if usage.startswith("step"):
             return 0
+        if self.gpus == 1:
+            return self.footprint.weights[model]
         name = "policy" if usage == "ptx" else model
         whole = 2 * self.footprint.layer[name] + self.footprint.sizes[name].rest
         gradients = 0 if usage.startswith("score") else 4 * whole // self.footprint.itemsize
@@ -384,7 +388,9 @@ class _Planner:
         """Bytes between host and device in the busier direction."""
         if name == "score":
             passes = scored(self.config, self.footprint, batches)
-            return sum(self._part(self.footprint.weights[m]) * passes[m] for m in self.offloaded)
+            return sum(
+                self._part(self.footprint.weights[m]) * (passes[m] if self.gpus > 1 else 1) for m in self.offloaded
+            )
         if not name.startswith("update"):
             return 0.0
         model = name.split()[1]

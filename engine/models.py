@@ -85,6 +85,8 @@ class Placement:
             check_liger(device)
         if runtime.deterministic and device.type == "cuda":
             _use_fixed_algorithms()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # kernels and graphs go to the current one
         return cls(
             device,
             dtype,

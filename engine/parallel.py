@@ -14,7 +14,7 @@ import atexit
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import wraps
 from typing import Any, NamedTuple, TypeVar
@@ -54,6 +54,7 @@ class Ranks:
         self.rank, self.size, self.mesh = rank, size, mesh
         self.offloads = offloads
         """Frozen models wait in host memory"""
+        self._whole: set[nn.Module] = set()
 
     @classmethod
     def of(cls, runtime: RuntimeConfig) -> Ranks:
@@ -186,7 +187,7 @@ class Ranks:
             part.set_modules_to_backward_prefetch([before])
         for name in model.entries:
             register_fsdp_forward_method(model, name)
-            setattr(model, name, _let_go(model, getattr(model, name)))
+            setattr(model, name, self._let_go(model, getattr(model, name)))
         model.home = device
         with torch.no_grad():  # the first forward pass tells the root from its layers
             getattr(model, model.entries[0])(pack([], [], device))
@@ -201,13 +202,32 @@ class Ranks:
             part.unshard()
         for part in parts[1:]:
             part.set_reshard_after_forward(False, recurse=False)
+        self._whole.add(model)
         try:
             yield
         finally:
+            self._whole.remove(model)
             for part in parts[1:]:
                 part.set_reshard_after_forward(True, recurse=False)
             for part in parts:
                 part.reshard()
+
+    def at_hand(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Inside, one process by itself has an offloaded model on its GPU: copied once, not by layers for each pass."""
+        return self.gathered(model) if self.size == 1 else nullcontext()
+
+    def _let_go(self, model: Any, method: Callable[..., T]) -> Callable[..., T]:
+        """FSDP2 keeps what is outside the layers after a forward pass, for its backward pass. Where none will come the
+        weights would stay, and be found in place of the sharded ones by whoever saves or loads them."""
+
+        @wraps(method)
+        def call(*args: Any, **options: Any) -> T:
+            result = method(*args, **options)
+            if not torch.is_grad_enabled() and model not in self._whole:
+                model.reshard()
+            return result
+
+        return call
 
 
 ALONE = Ranks()
@@ -230,20 +250,6 @@ def _start(size: int, on_gpu: bool, device: str) -> None:
     else:
         dist.init_process_group(backend)
     atexit.register(dist.destroy_process_group)
-
-
-def _let_go(model: Any, method: Callable[..., T]) -> Callable[..., T]:
-    """FSDP2 keeps what is outside the layers after a forward pass, for its backward pass. Where none will come the
-    weights would stay, and be found in place of the sharded ones by whoever saves or loads them."""
-
-    @wraps(method)
-    def call(*args: Any, **options: Any) -> T:
-        result = method(*args, **options)
-        if not torch.is_grad_enabled():
-            model.reshard()
-        return result
-
-    return call
 
 
 def _offload() -> CPUOffloadPolicy:

@@ -21,7 +21,7 @@ from .lora import has_adapter, sum_gradients
 from .measures import IterationMetrics, experience_metrics, sampler_gap
 from .models import CausalModel, ScalarModel
 from .optim import Optimizer
-from .parallel import ALONE, Ranks, is_sharded
+from .parallel import ALONE, Ranks
 from .rewards import ModelReward, Reward, RunningMoments, reparameterise
 from .rollout import RolloutEngine, RolloutStatistics, random_seeds
 from .scoring import Scored, score_rollouts
@@ -181,8 +181,6 @@ class PPO:
         enough = quotas([len(part) for part in parts], config.rollouts_per_iteration)[ranks.rank]
         with ranks.gathered(self.policy):
             finished, left = self.engine.collect([requests[index] for index in own], enough)
-        if is_sharded(self.policy):
-            self.engine.decoder.forget()  # graphs hold addresses of weights, which are gone
         return (
             sorted(ranks.gather([(own[index], rollout) for index, rollout in finished]), key=itemgetter(0)),
             sorted(ranks.gather([(own[index], request) for index, request in left]), key=itemgetter(0)),
@@ -355,7 +353,7 @@ class _Gap(NamedTuple):
 def _gap_of(logprobs: Tensor, others: Tensor) -> _Gap:
     gap = (logprobs - others).abs()
     largest = gap.max() if gap.numel() else gap.new_zeros(())
-    return _Gap(gap.sum(), largest, (gap > 1e-3).sum(dtype=gap.dtype), gap.new_tensor(gap.numel()))
+    return _Gap(gap.sum(), largest, (gap > 1e-3).sum(dtype=gap.dtype), gap.new_full((), gap.numel()))
 
 
 def _summary(name: str, gaps: Sequence[_Gap]) -> dict[str, Tensor]:

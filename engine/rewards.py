@@ -6,7 +6,7 @@ import importlib
 import math
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -57,6 +57,7 @@ def call_reward(function: RewardFunction, prompts: list[list[dict[str, str]]], r
     name = getattr(function, "__qualname__", repr(function))
     try:
         scores = function(prompts, responses)
+        scores = list(scores) if isinstance(scores, Iterator) else scores
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
@@ -133,7 +134,8 @@ class ModelReward:
     def __call__(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Tensor:
         groups = self.ranks.micro_batches([len(r.tokens) for r in rollouts], self.micro_batch_tokens)
         batches = (pack_rollouts([rollouts[i] for i in group], self.model.device) for group in groups)
-        own = torch.cat([self.model.scores(batch) for batch in batches])
+        with self.ranks.at_hand(self.model):
+            own = torch.cat([self.model.scores(batch) for batch in batches])
         scores = own.new_zeros(len(rollouts))
         scores[torch.tensor([i for group in groups for i in group], dtype=torch.int64)] = own
         return self.ranks.sum(scores).cpu()
@@ -150,7 +152,8 @@ class FunctionReward:
 
         def score() -> list[tuple[int, float]]:
             texts = [self.template.decode(rollouts[i].response) for i in own]
-            scores = call_reward(self.function, [prompts[i].messages for i in own], texts) if own else torch.empty(0)
+            chats = [[{**message} for message in prompts[i].messages] for i in own]  # the function may change its own
+            scores = call_reward(self.function, chats, texts) if own else torch.empty(0)
             return list(zip(own, scores.tolist(), strict=True))
 
         return torch.tensor([score for _, score in sorted(self.ranks.gather_from(score))], dtype=torch.float32)
@@ -169,7 +172,7 @@ def make_reward(
         function = source if callable(source) else load_function(str(source))
         return FunctionReward(function, template, ranks)
     folder = str(source)
-    model = load_reward_model(folder, placement)
+    model = load_reward_model(folder, ranks.placement(placement, frozen=True))
     check_same_tokenizer(template.tokenizer, load_tokenizer(folder), f"the policy and the reward model in {folder}")
     check_vocabulary(template.tokenizer, model, folder)
     return ModelReward(model, micro_batch_tokens, ranks)

@@ -101,6 +101,13 @@ class _Drawn:
         self.tokens[places, column], self.logprobs[places, column] = tokens, logprobs.to(self.logprobs.dtype)
         self.count[places] = column + 1
 
+    def tails(self, places: Tensor, most: int) -> list[list[int]]:
+        """The last tokens drawn, at most so many, of each of `places` [N]; the device is waited for once."""
+        count, back = self.count[places], torch.arange(-most, 0, device=places.device)
+        columns = count[:, None] + back
+        tokens = self.tokens[places[:, None], columns.clamp(min=0)]
+        return [row[-length:] for length, *row in torch.cat([count[:, None], tokens], 1).cpu().tolist()]
+
     def response(self, place: int) -> tuple[list[int], list[float]]:
         """The tokens drawn so far and their log-probs."""
         length = int(self.count[place])
@@ -312,16 +319,17 @@ class RolloutEngine:
 
     def _compute(self, step: Step) -> tuple[np.ndarray, np.ndarray | None]:
         """One forward pass and one draw: the token of each sample, and which of them complete a stop text."""
-        hidden = self.decoder.hidden(step)
-        if not step.num_samples:  # a part of a long prompt
-            return np.empty(0, np.int64), None
         ids = self.cache.manager.sample_ids[: step.num_samples].tolist()
-        places = torch.tensor([self.under_way[id].place for id in ids], device=self.device)
+        # before the forward pass is under way: the copy to the device waits for what is
+        places = torch.tensor([self.under_way[id].place for id in ids], dtype=torch.int64, device=self.device)
+        hidden = self.decoder.hidden(step)
+        if not ids:  # a part of a long prompt
+            return np.empty(0, np.int64), None
         tokens, logprobs = self._draw(places, hidden)
         self.drawn.append(places, tokens, logprobs)
         stopped = None
         if self.config.stop:
-            stopped = np.array([self._ends_with_stop(self.drawn.response(place)[0]) for place in places.tolist()])
+            stopped = np.array([self._ends_with_stop(tail) for tail in self.drawn.tails(places, self._tail)])
         return tokens.cpu().numpy(), stopped
 
     def _draw(self, places: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
@@ -363,12 +371,17 @@ class RolloutEngine:
     def _stopped(self, response: list[int]) -> bool:
         return bool(response) and (response[-1] in self.stop_ids or self._ends_with_stop(response))
 
+    @property
+    def _tail(self) -> int:
+        """Newest tokens among which a stop text ends: a token is a character at least, special ones apart."""
+        return max(map(len, self.config.stop)) + _TAIL
+
     def _ends_with_stop(self, response: list[int]) -> bool:
         """Whether the newest token completes one of the stop texts."""
         if not self.config.stop or self.decode is None:
             return False
-        tail = max(map(len, self.config.stop)) + _TAIL  # a token is a character at least, special ones apart
-        text, before = self.decode(response[-tail:]), self.decode(response[-tail:-1])
+        tail = response[-self._tail :]
+        text, before = self.decode(tail), self.decode(tail[:-1])
         return any(text.count(stop) > before.count(stop) for stop in self.config.stop)
 
 

@@ -61,7 +61,8 @@ def logprobs_of(
     model: CausalModel, minibatches: Sequence[Minibatch], temperature: float = 1.0, ranks: Ranks = ALONE
 ) -> tuple[Tensor, Tensor]:
     """(log-probs, entropies) `[N]` of all response tokens, each process computing its own."""
-    parts = [model.logprobs(micro.batch, temperature) for micro in _micro_batches(minibatches)]
+    with ranks.at_hand(model):
+        parts = [model.logprobs(micro.batch, temperature) for micro in _micro_batches(minibatches)]
     logprobs, entropy = (_of_tokens(minibatches, part, ranks) for part in zip(*parts, strict=True))
     return logprobs, entropy
 

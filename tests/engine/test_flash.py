@@ -210,7 +210,7 @@ def test_sampling_on_the_kernels(
 def test_what_auto_is(
     name: str, device: torch.device, dtype: torch.dtype, installed: set[str], expected: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(flash, "_missing", lambda kernel: None if kernel in installed else "missing")
+    monkeypatch.setattr(flash, "_missing", lambda kernel, needed: None if kernel in installed else "missing")
     assert resolve_packed(name, device, dtype) == expected
 
 
@@ -236,8 +236,35 @@ def test_the_installed_torch_has_the_kernels() -> None:
 
 def test_a_torch_without_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_varlen, "varlen_attn", lambda query, key, value, is_causal=False: query)
+    monkeypatch.setattr(flash, "find_spec", lambda name: None if name == "flash_attn" else name)
     with pytest.raises(InputError, match=r"torch .* has no attention of packed sequences with windows"):
         resolve_packed("torch", GPU, torch.bfloat16)
+    assert resolve_packed("auto", GPU, torch.bfloat16) == "sdpa"
+
+
+def test_a_torch_without_a_paged_cache(monkeypatch: pytest.MonkeyPatch, library: Library) -> None:
+    """As torch 2.11: packed sequences are served, grouped heads without a flag for them."""
+    given: list[dict[str, Any]] = []
+
+    def varlen_attn(
+        query: Tensor, key: Tensor, value: Tensor, cu_seq_q: Tensor, cu_seq_k: Tensor, max_q: int, max_k: int, *,
+        return_aux: Any = None, scale: float | None = None, window_size: tuple[int, int] = (-1, -1),
+    ) -> Tensor:  # fmt: skip
+        given.append({"scale": scale, "window_size": window_size})
+        return library.varlen_attn(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size, enable_gqa=True
+        )
+
+    monkeypatch.setattr(torch_varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(flash, "find_spec", lambda name: None if name == "flash_attn" else name)
+    assert resolve_packed("auto", GPU, torch.bfloat16) == resolve_packed("torch", GPU, torch.bfloat16) == "torch"
+    with pytest.raises(InputError, match=r"RolloutConfig\.attention = 'torch': .* no attention over a paged cache"):
+        resolve_paged("torch", GPU, torch.bfloat16)
+    q, k, v = (torch.randn(sum(LENGTHS), heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    options: Any = {"scale": 0.3, "window": 3, "softcap": None}
+    ours, plain = (Varlen(LENGTHS, kernel=kernel).attend(0, q, k, v, **options) for kernel in ("torch", "sdpa"))
+    torch.testing.assert_close(ours, plain)
+    assert given == [{"scale": 0.3, "window_size": (2, 0)}]
 
 
 @kernels
@@ -303,6 +330,8 @@ def test_torchs_operation_takes_the_calls(window: int | None) -> None:
     out = Varlen(LENGTHS, kernel="torch", device=meta).attend(0, q, k, v, **options)
     out.sum().backward()
     assert [x.shape for x in (out, q.grad, k.grad, v.grad)] == [x.shape for x in (q, q, k, v)]
+    if flash._missing("torch", flash._PAGED):
+        return
     pools = [torch.empty(6, 256, 2, 64, device=meta, dtype=torch.bfloat16) for _ in range(2)]
     table, used = torch.empty(4, 3, device=meta, dtype=torch.int32), torch.empty(4, device=meta, dtype=torch.int32)
     bounds = cumulative(LENGTHS, meta)
@@ -310,16 +339,16 @@ def test_torchs_operation_takes_the_calls(window: int | None) -> None:
         assert paged("torch")(q, *pools, table, used, bounds, bounds, 12, **options).shape == q.shape
 
 
-def available() -> list[Any]:
+def available(needed: set[str]) -> list[Any]:
     found = []
     for name in ("flash-attn", "torch"):
-        reason = "needs a GPU" if not torch.cuda.is_available() else flash._missing(name)
+        reason = "needs a GPU" if not torch.cuda.is_available() else flash._missing(name, needed)
         found.append(pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason))))
     return found
 
 
 @needs_gpu
-@pytest.mark.parametrize("kernel", available())
+@pytest.mark.parametrize("kernel", available(flash._PACKED))
 @pytest.mark.parametrize("window", [None, 33])
 def test_packed_on_a_gpu(kernel: str, window: int | None) -> None:
     """Nearer to float64, or hardly farther, than one call a sequence in the same dtype; gradients too."""
@@ -337,7 +366,7 @@ def test_packed_on_a_gpu(kernel: str, window: int | None) -> None:
 
 
 @needs_gpu
-@pytest.mark.parametrize("kernel", ["triton", *available()])
+@pytest.mark.parametrize("kernel", ["triton", *available(flash._PAGED)])
 @pytest.mark.parametrize("window", [None, 33])
 @pytest.mark.parametrize("queries", [[1, 1, 1], [5, 1, 40]], ids=["decode", "chunked"])
 def test_paged_on_a_gpu(kernel: str, window: int | None, queries: list[int]) -> None:

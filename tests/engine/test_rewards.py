@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,13 @@ def test_a_function_that_fails() -> None:
     def score(prompts: list, responses: list) -> list[float]:
         return [1 / len(response) for response in responses]
 
-    with pytest.raises(InputError, match=r"score: ZeroDivisionError: division by zero \(.*test_rewards\.py:\d+\)$"):
-        call_reward(score, [[], []], ["a", ""])
+    def one_by_one(prompts: list, responses: list) -> Iterator[float]:
+        yield from score(prompts, responses)
+
+    for function in (score, one_by_one):
+        with pytest.raises(InputError, match=r"ZeroDivisionError: division by zero \(.*test_rewards\.py:\d+\)$"):
+            call_reward(function, [[], []], ["a", ""])
+    assert call_reward(one_by_one, [[], []], ["a", "bb"]).tolist() == [1.0, 0.5]
 
 
 @pytest.fixture
@@ -173,6 +178,22 @@ def test_a_function_sees_messages_and_text(tokenizer: Any) -> None:
     scores = FunctionReward(score, Template(tokenizer, "en"))(prompts, rollouts)
     assert seen == [[p.messages for p in prompts], answers]
     assert scores.tolist() == [9.0, 13.0]
+
+
+def test_a_function_may_change_what_it_is_given(tokenizer: Any) -> None:
+    """Often the answer is appended to the chat; the next iteration shows the prompt as it was."""
+
+    def score(prompts: list, responses: list) -> list[float]:
+        for chat, response in zip(prompts, responses, strict=True):
+            chat[0]["content"] += "!"
+            chat.append({"role": "assistant", "content": response})
+        return [float(len(chat)) for chat in prompts]
+
+    given = prompt(5)
+    reward = FunctionReward(score, Template(tokenizer, "en"))
+    for _ in range(2):
+        assert reward([given], [rollout([5], [7, 1])]).tolist() == [2.0]
+    assert given.messages == prompt(5).messages
 
 
 # Models

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from ppomax.engine import decoding
 from ppomax.engine.attention import Paged
 from ppomax.engine.batch import Request, Rollout, pack_rollouts
 from ppomax.engine.config import RolloutConfig
@@ -526,6 +527,42 @@ def test_a_step_filled_up_to_a_fixed_size_draws_the_same(
     assert set(engine.decoder.graphs) <= {1, 2, 4, 7}
     engine.sleep()
     assert not engine.decoder.graphs
+
+
+def test_a_sharded_policy_takes_no_graphs(new_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its layers make streams wait for each other, which a capture does not survive."""
+    engine, prompts = exactly(new_policy(), SAMPLED), draw_prompts()
+    expected = engine.generate(prompts, [3] * 7)
+    engine.decoder = Decoder(engine.policy, engine.cache, graphs=True)
+    monkeypatch.setattr(engine.decoder, "_capture", lambda inputs: pytest.fail("captured"))
+    monkeypatch.setattr(decoding, "is_sharded", lambda model: model is engine.policy)
+    assert equal(engine.generate(prompts, [3] * 7), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_graphs_on_a_gpu(new_policy: Any) -> None:
+    """Replayed steps draw what eager ones do: again after an update of the weights in place, and after a sleep."""
+    gpu = torch.device("cuda")
+    policy = CausalModel(new_policy().model.to(gpu), replace(CPU, device=gpu))
+    config = replace(GREEDY, max_running=7, prefill_tokens=64, kv_blocks=64)
+    replayed, eager = (new_engine(policy, replace(config, cuda_graphs=graphs)) for graphs in (True, False))
+    prompts = draw_prompts()
+    for _ in range(3):
+        ours, plain = (engine.generate(prompts, [3] * 7) for engine in (replayed, eager))
+        assert replayed.decoder.graphs.keys() <= {1, 2, 4, 7}
+        assert 7 in replayed.decoder.graphs
+        assert responses(ours) == responses(plain)
+        for one, other in zip(ours, plain, strict=True):
+            torch.testing.assert_close(one.logprobs, other.logprobs, rtol=0, atol=1e-4)
+        with torch.no_grad():
+            for weight in policy.parameters():
+                weight.mul_(1.05)
+        for engine in (replayed, eager):
+            engine.weights_changed()
+    replayed.sleep()
+    assert not replayed.decoder.graphs
+    ours, plain = (engine.generate(prompts, [3] * 7) for engine in (replayed, eager))
+    assert responses(ours) == responses(plain)
 
 
 def test_sizes_of_batches() -> None:

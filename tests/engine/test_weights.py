@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ppomax.engine import models, sft, stored
+from ppomax.engine.batch import pack
 from ppomax.engine.builtin import new_model as new_builtin
 from ppomax.engine.checkpoint import save_model
 from ppomax.engine.config import PPOConfig
@@ -39,6 +40,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -244,6 +246,22 @@ def test_two_models_of_the_same_files_part_when_they_arrive(alone: Ranks, sharde
         alone.shard(model, frozen=True)
     addresses = [p.to_local().data_ptr() for model in (one, other) for p in model.parameters()]
     assert len({*addresses, *stored}) == len(addresses) + len(stored)
+
+
+@torch.no_grad()
+def test_an_offloaded_model_is_brought_in_once_for_many_passes(alone: Ranks, sharded: Path) -> None:
+    plain, model = load_policy(sharded), load_policy(sharded, alone.placement(CPU, frozen=True))
+    alone.shard(model.requires_grad_(False), frozen=True)
+    batches = [pack([list(range(n, n + 9))], [[False] + [True] * 8], CPU.device) for n in (3, 20)]
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    addresses = []
+    with alone.at_hand(model):
+        for batch in batches:
+            assert torch.equal(model.logprobs(batch)[0], plain.logprobs(batch)[0])
+            assert not any(isinstance(p, DTensor) for p in model.parameters())
+            addresses.append([p.data_ptr() for p in model.parameters()])
+    assert addresses[0] == addresses[1]
+    assert all(isinstance(p, DTensor) for p in model.parameters())
 
 
 def test_an_architecture_that_does_not_fit_is_refused_when_it_arrives(alone: Ranks, tmp_path: Path) -> None:
