@@ -22,6 +22,7 @@ from statistics import median
 from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
+import records
 import torch
 from environment import environment
 from ppomax.kernels.adapters import torchtune, trl, verl
@@ -172,7 +173,8 @@ def functions_of(modules: Sequence[str]) -> SimpleNamespace | None:
     return SimpleNamespace(**found) if found else None
 
 
-def measured(case: Case, theirs: Any, ours: Any, samples: int) -> dict[str, Any]:
+def measured(case: Case, theirs: Any, ours: Any, samples: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """(figures, milliseconds of each sample)."""
     errors = [relative_error(x, y) for x, y in zip(case.call(ours), case.call(theirs), strict=True)]
     if not max(errors) <= TOLERANCE:
         raise SystemExit(f"{case.name}: ours and theirs differ by {max(errors):.1e}")
@@ -180,7 +182,7 @@ def measured(case: Case, theirs: Any, ours: Any, samples: int) -> dict[str, Any]
     times = cpu_times(runs, samples)
     ms = {name: median(values) for name, values in times.items()}
     peak = {name: median(cpu_peak(run) for _ in range(3)) for name, run in runs.items()}
-    return {"ms": ms, "peak_bytes": peak, "difference": max(errors)}
+    return {"ms": ms, "peak_bytes": peak, "difference": max(errors)}, times
 
 
 def main() -> None:
@@ -196,14 +198,18 @@ def main() -> None:
         if theirs is None:
             continue
         torch.manual_seed(0)
-        entry = results[f"{name} {metadata.version(name)}"] = {"environment": environment(), "functions": {}}
+        functions: dict[str, Any] = {}
+        samples: dict[str, dict[str, list[float]]] = {}
+        results[f"{name} {metadata.version(name)}"] = {
+            "environment": environment(), "functions": functions, "samples_ms": samples,
+        }  # fmt: skip
         for case in peer.cases(lambda function, theirs=theirs: hasattr(theirs, function)):
             if any(part in case.name for part in arguments.only):
-                entry["functions"][case.name] = measured(case, theirs, peer.ours, arguments.samples)
+                functions[case.name], samples[case.name] = measured(case, theirs, peer.ours, arguments.samples)
     show(results)
     if arguments.json:
         before = json.loads(arguments.json.read_text()) if arguments.json.exists() else {}
-        arguments.json.write_text(json.dumps(before | results, indent=1) + "\n")
+        records.write(arguments.json, before | results)
 
 
 def show(results: dict[str, Any]) -> None:

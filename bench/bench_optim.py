@@ -10,12 +10,12 @@ that of the least bytes that a form has to move.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
+import records
 import torch
 from environment import environment
 from ppomax.engine.config import OptimConfig
@@ -116,7 +116,9 @@ def measure(device: str, samples: int) -> dict[str, Any]:
             "gb_per_second": FORMS[name].bytes_moved * bench.count / milliseconds / 1e6,
             "error": errors[name],
         }
-    return {"weights": benches[first].count, "forms": results, "environment": environment()}
+    count = benches[first].count
+    samples = {f"AdamW step, {count:,} weights": times}
+    return {"weights": count, "forms": results, "environment": environment(), "samples_ms": samples}
 
 
 def main() -> None:
@@ -134,7 +136,7 @@ def main() -> None:
         table.add_row(name, *(f"{figure:.2f}" for figure in figures), f"{row['error']:.1e}")
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        records.write(arguments.json, result)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     python bench/compare.py OLD.json NEW.json [--fail-on slower] [--against PROVIDER] [--margin 0.03] [--force]
 
-Reads the files of `bench_kernels.py`, `bench_kv_manager.py` and `bench_rollout.py`, and pytest-benchmark's. Of each
-case and provider in both: the ratio of new to old times with an interval, and a verdict: slower or faster where all of
-the interval is beyond the margin, same where all of it is within, else "cannot tell".
+Reads the files of `bench_kernels.py`, `bench_kv_manager.py`, `bench_rollout.py`, `bench_optim.py`, `bench_adapters.py`
+and `vs_trl.py`, and pytest-benchmark's. Of each case and provider in both: the ratio of new to old times with an
+interval, and a verdict: slower or faster where all of the interval is beyond the margin, same where all of it is
+within, else "cannot tell".
 
 The ratio is the median of all pairs (one new, one old sample), and its interval holds the ratios that a Mann-Whitney
 test of the samples does not reject. That test assumes no distribution but that a change scales it, is exact for a
@@ -135,10 +136,16 @@ def relative(samples: Samples, provider: str | None) -> Samples:
 
 
 def differences(old: Record, new: Record) -> list[str]:
-    """What differs of machine and versions."""
+    """What differs of machine and versions; of named environments, in those that both have."""
     a, b = old.environment, new.environment
-    names = [name for name in {**a, **b} if name not in FREE and a.get(name) != b.get(name)]
-    return [f"{name}: {a.get(name)}, then {b.get(name)}" for name in names]
+    both = {"", *({name.rpartition(": ")[0] for name in a} & {name.rpartition(": ")[0] for name in b})}
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    parts = {name: name.rpartition(": ") for name in names}
+    return [
+        f"{name}: {a.get(name)}, then {b.get(name)}"
+        for name, (where, _, field) in parts.items()
+        if where in both and field not in FREE
+    ]
 
 
 def show(changes: Sequence[Change], margin: float | None, confidence: float) -> None:

@@ -6,9 +6,10 @@
 #   bench/gpu.sh            # results in bench/results/gpu
 #   OUT=/tmp/gpu bench/gpu.sh
 #
-# The active Python must have torch with CUDA, triton, transformers, setuptools, pybind11, pytest and rich; it gets the
-# package (pip install --no-deps). Each step has a limit of its own and none begins after the last minute. A step that
-# fails does not stop the others; the exit status is then 1. OUT gets a log of all steps, the JSON files and the summary.
+# The active Python must have torch with CUDA, triton, transformers, setuptools from 77 on, pybind11, pytest and rich; it
+# gets the package (pip install --no-deps). Each step has a limit of its own and none begins in the last 20 seconds. A
+# step that fails does not stop the others; the exit status is then 1. OUT gets a log of all steps, the JSON files and
+# the summary. Without accelerate or tensorboard the engine's benches are left out.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
 
@@ -19,11 +20,14 @@ readonly ALL=530 # seconds
 
 missing() {
     "$PYTHON" - <<'EOF' || echo "a working $PYTHON"
+from importlib.metadata import version
 from importlib.util import find_spec
 
 for name in ("torch", "triton", "transformers", "setuptools", "pybind11", "pytest", "rich"):
     if find_spec(name) is None:
         print(f"the Python package {name}")
+if find_spec("setuptools") is not None and int(version("setuptools").split(".")[0]) < 77:
+    print(f"setuptools from 77 on, found {version('setuptools')}")
 if find_spec("torch") is not None:
     import torch
 
@@ -102,7 +106,8 @@ sm_80 | sm_90 | sm_100)
 *) note compile_report "not for $chip" 0 ;;
 esac
 step bench_kernels 200 "$PYTHON" bench/bench_kernels.py --device cuda --json "$OUT/kernels.json"
-if has ppomax.engine.rollout; then
+has ppomax.engine.ppo && engine=there || engine=
+if [[ $engine ]]; then
     step bench_rollout 90 "$PYTHON" bench/bench_rollout.py --device cuda --rounds 1 --json "$OUT/rollout.json"
     step bench_iteration 60 "$PYTHON" bench/bench_iteration.py --device cuda --small --json "$OUT/iteration.json"
 else
@@ -120,7 +125,7 @@ else
     note compute-sanitizer "not installed" 0
 fi
 
-if has pytest_benchmark && has ppomax.engine.rollout; then
+if [[ $engine ]] && has pytest_benchmark; then
     step bench_suite 90 "$PYTHON" -m pytest bench --benchmark-only --quick -q -rs -p no:cacheprovider \
         --benchmark-json "$OUT/suite.json"
 else

@@ -2,7 +2,8 @@
 
 Ours hold {"environment", "samples_ms": {case: {provider: milliseconds of each sample}}} among other things. Samples of
 the providers of a case alternate: those of one index are of one round. A pytest-benchmark file holds the same as a
-benchmark each: its group is the case, `extra_info["provider"]` the provider, its data are seconds.
+benchmark each: its group is the case, `extra_info["provider"]` the provider, its data are seconds. Where a file
+collects what was measured in several environments, {name: such a report}, cases and environments are read by name.
 """
 
 from __future__ import annotations
@@ -23,14 +24,21 @@ class Record(NamedTuple):
 
 def write(path: Path, report: dict[str, Any]) -> None:
     """Indented, with lists of numbers on one line each; samples rounded to five digits."""
-    samples = {
-        case: {name: [float(f"{x:.{DIGITS}g}") for x in times] for name, times in providers.items()}
-        for case, providers in report.get("samples_ms", {}).items()
-    }
-    text = json.dumps(report | {"samples_ms": samples} if samples else report, indent=1)
+    text = json.dumps({name: _rounded(part) for name, part in _rounded(report).items()}, indent=1)
     text = re.sub(r"\[[\d\s.,eE+-]+\]", lambda numbers: f"[{' '.join(numbers[0][1:-1].split())}]", text)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text + "\n")
+
+
+def _rounded(report: Any) -> Any:
+    """As it is but for its samples."""
+    if not isinstance(report, dict) or not report.get("samples_ms"):
+        return report
+    samples = {
+        case: {name: [float(f"{x:.{DIGITS}g}") for x in times] for name, times in providers.items()}
+        for case, providers in report["samples_ms"].items()
+    }
+    return report | {"samples_ms": samples}
 
 
 def thinned(values: list[float], most: int = 200) -> list[float]:
@@ -46,9 +54,16 @@ def read(path: Path) -> Record:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if isinstance(report, dict) and "benchmarks" in report:
         return _of_pytest(path, report)
-    if not isinstance(report, dict) or not report.get("samples_ms"):
+    if isinstance(report, dict) and report.get("samples_ms"):
+        return Record(report.get("environment", {}), report["samples_ms"])
+    parts = report.items() if isinstance(report, dict) else ()
+    several = {name: part for name, part in parts if isinstance(part, dict) and part.get("samples_ms")}
+    if not several:
         raise ValueError(f'{path} has no samples: neither "samples_ms" nor "benchmarks"')
-    return Record(report.get("environment", {}), report["samples_ms"])
+    return Record(
+        {f"{name}: {field}": value for name, part in several.items() for field, value in part["environment"].items()},
+        {f"{name}: {case}": times for name, part in several.items() for case, times in part["samples_ms"].items()},
+    )
 
 
 def _of_pytest(path: Path, report: dict[str, Any]) -> Record:

@@ -11,6 +11,10 @@ process of its own with one thread: iterations after the first are timed, and th
 above what the loaded models held. Processes of the two alternate. A response's length is scripted in both, as its end
 token; equal: 64 tokens each, mixed: 8 to 512, log-normal (median 48, sigma 1). In the lean case both compute the
 activations of decoder layers again instead of keeping them, and the KV cache's memory is given back during updates.
+
+Resident memory counts what malloc keeps between blocks, as well as tensors; how much that is differs from process to
+process, so the file has the peak of each and the table the largest. There is little of it, on both sides, with
+MALLOC_MMAP_THRESHOLD_=131072 in the environment: memory without holes, at times that mean nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import numpy as np
+import records
 import torch
 from environment import environment
 from rich.console import Console
@@ -201,23 +206,27 @@ def measured(engine: str, case: str, iterations: int) -> dict[str, Any]:
     return result
 
 
-def compare(case: str, iterations: int, rounds: int) -> dict[str, Any]:
+def compare(case: str, iterations: int, rounds: int) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """(figures, milliseconds of each timed iteration, those of all rounds one after the other)."""
     runs: dict[str, list[dict[str, Any]]] = {"ppomax": [], "trl": []}
     for _ in range(rounds):
         for engine, results in runs.items():
             results.append(measured(engine, case, iterations))
     seconds = {k: [median(r["seconds"]) for r in v] for k, v in runs.items()}
-    above = {k: max(r["above"] for r in v) for k, v in runs.items()}
+    peaks = {k: [r["above"] for r in v] for k, v in runs.items()}
+    above = {k: max(v) for k, v in peaks.items()}
     phases = {
         name: median(p[name] for r in runs["ppomax"] for p in r["phases"]) for name in runs["ppomax"][0]["phases"][0]
     }
-    return {
+    figures = {
         "seconds": seconds,
         "speedup": median(t / p for p, t in zip(seconds["ppomax"], seconds["trl"], strict=True)),
         "peak_above_models": above,
+        "peaks_above_models": peaks,
         "memory_ratio": above["ppomax"] / above["trl"],
         "phases": phases,
     }
+    return figures, {k: [1e3 * s for r in v for s in r["seconds"]] for k, v in runs.items()}
 
 
 def main() -> None:
@@ -234,7 +243,8 @@ def main() -> None:
         run = run_ppomax if arguments.worker == "ppomax" else run_trl
         print(json.dumps(run(arguments.case[0], arguments.iterations)))
         return
-    cases = {case: compare(case, arguments.iterations, arguments.rounds) for case in arguments.case}
+    found = {case: compare(case, arguments.iterations, arguments.rounds) for case in arguments.case}
+    cases = {case: figures for case, (figures, _) in found.items()}
     table = Table(
         "case", "ppomax, s", "TRL, s", "times as fast", "memory: ppomax", "TRL", "of TRL's", title="one iteration"
     )
@@ -246,7 +256,8 @@ def main() -> None:
         )  # fmt: skip
     Console().print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps({"environment": environment(), "cases": cases}, indent=1) + "\n")
+        samples = {f"iteration, {case}": times for case, (_, times) in found.items()}
+        records.write(arguments.json, {"environment": environment(), "cases": cases, "samples_ms": samples})
 
 
 if __name__ == "__main__":
