@@ -27,7 +27,7 @@ def _require(config: object, name: str, low: float, high: float = math.inf, *, a
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if number and (low < value if above else low <= value) and value <= high:
         return
-    kind, upper = "a whole number" if whole else "a number", "" if high == math.inf else f" and <= {high:g}"
+    kind, upper = "a whole number" if whole else "a number", "" if high == math.inf else f" and <= {high:.10g}"
     raise _bad_value(config, name, f"{kind} {'>' if above else '>='} {low:g}{upper}")
 
 
@@ -48,6 +48,7 @@ class ScheduleConfig:
     """Learning-rate factor over optimizer steps (`optim.lr_factor`)."""
 
     kind: Literal["constant", "cosine", "inverse-sqrt"] = "constant"
+    """After the warm-up."""
     warmup: float = 0.0
     """Warm-up: a share of all steps below 1, a number of steps from 1 on."""
     floor: float = 0.0
@@ -64,9 +65,13 @@ class OptimConfig:
     """AdamW for one model."""
 
     lr: float = 5e-7
+    """Learning rate; `schedule` scales it over the run."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the two moments, a step."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.0
+    """Share of a weight, times the learning rate, that a step takes away."""
     moments: Literal["float32", "8bit"] = "float32"
     """8 bytes a weight for both, or 2 in blocks of 256. bfloat16 weights keep 2 more in either case: the low bits of
     the float32 masters that are trained. A run goes on in the form that it was saved in."""
@@ -113,6 +118,7 @@ class RuntimeConfig:
     shard_size: int | None = None
     """Under torchrun: processes that share one copy of the weights, those of a machine, say; none: all of them."""
     seed: int = 0
+    """Of the order of the data, of sampling and of new weights."""
     save_every: int = 100
     """Steps (PPO: iterations) between resumable checkpoints; there is one at the end in any case."""
     keep_checkpoints: int = 1
@@ -144,6 +150,7 @@ class RolloutConfig:
     temperature: float = 0.8
     """0 takes the likeliest token."""
     top_p: float = 0.9
+    """Only the likeliest tokens that together have this probability are sampled; 1: off."""
     top_k: int = 0
     """0: off."""
     repetition_penalty: float = 1.1
@@ -164,7 +171,7 @@ class RolloutConfig:
     sleep: bool = False
     """Give the memory of the KV cache back while the models are updated."""
     cuda_graphs: bool = True
-    """On a GPU: decode by CUDA graphs, captured once for each of a few batch sizes."""
+    """On a GPU: decode by CUDA graphs, captured once for each of a few batch sizes; not where weights are sharded."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, as its last part, beside the tokenizer's end tokens."""
 
@@ -237,6 +244,7 @@ class SFTConfig:
     """Supervised fine-tuning: cross-entropy on assistant tokens. Defaults: the paper, training settings."""
 
     epochs: int = 2
+    """Passes over the dialogues."""
     max_steps: int | None = None
     """Optimizer steps at most, whatever `epochs` says."""
     batch_size: int = 32
@@ -244,10 +252,13 @@ class SFTConfig:
     micro_batch_tokens: int = 16384
     """Tokens per forward pass at most (one sequence always may)."""
     max_sequence: int = 2048
+    """Tokens of a dialogue at most; oldest rounds go first."""
     held_out: float = 0.02
     """Share of the dialogues, split by context, on which the loss is measured."""
     eval_every: int = 100
+    """Steps between measurements on the held-out dialogues; there is one at the end in any case."""
     grad_clip: float | None = 1.0
+    """Largest norm of the gradient; None: off."""
     vocab_size: int = 2048
     """Of the tokenizer that is trained where the model is a built-in one."""
     optim: OptimConfig = field(
@@ -269,18 +280,23 @@ class RewardModelConfig:
     """Ranking loss with an imitation term (paper section 3.1)."""
 
     max_steps: int = 1000
+    """Optimizer steps."""
     batch_tokens: int = 16384
     """Dynamic batches: as many pairs (4 to 128) per optimizer step as reach this number of tokens (global)."""
     batch_size: int | None = None
     """Pairs per optimizer step, where every step shall have the same number of them."""
     micro_batch_tokens: int = 16384
+    """Tokens per forward pass at most (one pair always may)."""
     max_sequence: int = 2048
+    """Tokens of a prompt and an answer at most; oldest rounds go first."""
     imitation_coef: float = 1.0
     """beta_rm: weight of the language-modelling loss on the chosen response (paper 1, released code 0)."""
     held_out: float = 0.05
     """Share of the pairs, split by context, on which the accuracy is measured."""
     eval_every: int = 100
+    """Steps between measurements on the held-out pairs; there is one at the end in any case."""
     grad_clip: float | None = 1.0
+    """Largest norm of the gradient; None: off."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(lr=5e-6, schedule=ScheduleConfig("constant", warmup=0.1))
     )
@@ -300,7 +316,9 @@ class PPOConfig:
     """PPO on a language model; `preset("ppo-max")` and its siblings fill it. All batch sizes are global."""
 
     iterations: int = 1000
+    """Rounds of sampling, scoring and training; those of critic pre-training come before them."""
     rollouts_per_iteration: int = 128
+    """Responses that an iteration trains on."""
     minibatch_size: int = 32
     """Rollouts per optimizer step."""
     samples_per_prompt: int = 1
@@ -309,25 +327,34 @@ class PPOConfig:
     """Responses under way beyond those that an iteration trains on. What is unfinished when it has enough goes on in
     the next one under the new weights (partial rollouts); 0: each iteration waits for its longest response."""
     ppo_epochs: int = 1
+    """Passes over an iteration's rollouts."""
     micro_batch_tokens: int = 16384
     """Tokens per forward pass at most (one sequence always may)."""
     max_sequence: int = 2048
     """Prompt and response together; prompts keep `max_sequence - rollout.max_response` tokens."""
 
     gamma: float = 1.0
+    """Discount of rewards, a token."""
     gae_lambda: float = 0.9
+    """Of generalised advantage estimation: 0 trusts the critic, 1 the rewards."""
     bootstrap_truncated: bool = False
     """Value after a response cut off at the limit: the critic's (True) or 0 (False, as in the released code)."""
     kl_coef: float = 0.05
     """eta: weight of the per-token penalty on log pi - log pi_ref inside the reward."""
     clip_eps: float = 0.2
+    """The ratio counts within [1 - this, 1 + this]."""
     value_clip: float | None = 0.2
+    """Values count within this of those at the rollout; None: off."""
     dual_clip: float | None = None
+    """Bound of the ratio where the advantage is negative, above 1 + clip_eps; None: off."""
     entropy_coef: float = 0.0
+    """Weight of the entropy bonus in the policy's loss."""
     entropy_bound: float | None = None
     """The entropy bonus acts only on tokens whose entropy is below this (nats)."""
     normalize_advantages: bool = False
+    """Advantages of an iteration get mean 0 and deviation 1."""
     advantage_clip: float | None = None
+    """Advantages are cut to [-this, this]; None: off."""
     ratio_base: Literal["rollout", "reference"] = "rollout"
     """Denominator of the ratio: the policy that sampled, or the reference (the paper's "importance sampling")."""
     old_logprobs: Literal["recomputed", "recorded"] = "recomputed"
@@ -337,7 +364,9 @@ class PPOConfig:
     """Weigh each token's policy loss by min(recomputed / recorded probability, this): the correction of the gap
     between training and sampling arithmetic, truncated. None: off."""
     logprob_temperature: float = 1.0
+    """Logits are divided by this in all log-probs that training uses."""
     grad_clip: float | None = 1.0
+    """Largest norm of each model's gradient; None: off."""
     ptx_coef: float = 0.0
     """lambda_ptx: weight of the language-modelling loss on SFT text (PPO-ptx)."""
     ptx_batch_size: int = 32
@@ -345,6 +374,7 @@ class PPOConfig:
     critic_pretrain_iterations: int = 0
     """Rollout batches of the fixed policy on which the critic is trained first, at most; 0: off."""
     critic_pretrain_epochs: int = 2
+    """Passes over each of these batches."""
     critic_pretrain_tolerance: float = 0.05
     """Critic pre-training ends early when the value loss falls by less than this share from batch to batch."""
 

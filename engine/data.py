@@ -106,6 +106,11 @@ def read_prompts(paths: Paths, on_bad: OnBad = "raise") -> list[Dialogue]:
     return _read(paths, _as_prompt, on_bad)
 
 
+def text_prompt(text: str, source: str) -> Dialogue:
+    """One user turn; `InputError` where it has no text."""
+    return _as_prompt(Dialogue((Turn("user", _text(text, source, "prompt")),), source))
+
+
 def context_of(item: Dialogue | Pair) -> tuple[Turn, ...]:
     """The turns up to the last user turn: what the last answer answers."""
     return item.prompt if isinstance(item, Pair) else _cut_after(item.turns, "user")
@@ -127,7 +132,10 @@ def split_by_context(items: Iterable[T], held_out: float, seed: int) -> tuple[li
     if held_out == 0:
         return items, []
     if len(distinct) < 2:
-        raise InputError(f"held_out: a split needs at least 2 different contexts, found {len(distinct)}")
+        raise InputError(
+            f"held_out = {held_out:g}: a split needs at least 2 different contexts, found {len(distinct)}; "
+            "0 holds out none"
+        )
     limit = min(max(held_out, np.nextafter(distinct[0], 1.0)), distinct[-1])
     train = [item for item, draw in zip(items, draws, strict=True) if draw >= limit]
     held = [item for item, draw in zip(items, draws, strict=True) if draw < limit]

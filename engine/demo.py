@@ -125,6 +125,7 @@ def run_demo(
     Returns:
         arm -> its policy beside the SFT model on held-out prompts.
     """
+    RuntimeConfig(seed=config.seed)  # one that cannot be is an error before anything is written
     folder = _new_folder(out)
     threads, started = torch.get_num_threads(), time.monotonic()
     torch.set_num_threads(1)

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .batch import Prompt, Request
-from .checkpoint import atomic_file
+from .checkpoint import atomic_file, check_writable
 from .config import GenerateConfig
-from .data import Dialogue, OnBad, Turn, read_prompts
+from .data import OnBad, read_prompts, text_prompt
 from .errors import InputError
 from .metrics import StageProgress, pick
 from .models import Placement, check_vocabulary, load_policy, load_tokenizer
@@ -33,10 +33,12 @@ def generate(
     A line of `out` is {"messages": [..., the answer], "finished": whether it ended by itself}, in the order of the
     prompts. Raises InputError for unusable models or files, or where there is nothing to answer.
     """
+    if out is not None:
+        check_writable(out)
     placement = Placement.of(config.runtime)
     tokenizer = load_tokenizer(model)
     style = Template(tokenizer, template)
-    dialogues = [Dialogue((Turn("user", text),), f"--prompt {n}") for n, text in enumerate(texts, 1)]
+    dialogues = [text_prompt(text, f"--prompt {n}") for n, text in enumerate(texts, 1)]
     dialogues += read_prompts(list(data), on_bad) if data else []
     if not dialogues:
         raise InputError("nothing to answer: give --prompt or --data")

@@ -71,7 +71,7 @@ def pick(metrics: Mapping[str, float], names: Iterable[str]) -> dict[str, float]
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl; a last line that a crash left half-written is passed over."""
     records: list[dict[str, Any]] = []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         record = _parse(line)
         if record is not None:

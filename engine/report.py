@@ -51,8 +51,10 @@ def plot_curves(runs: Mapping[str, Path], path: Path) -> None:
     """Draw the PPO curves of run folders (name -> folder) into one PNG.
 
     Thin lines are the training batches; points are the held-out prompts, where the run measured them.
-    Raises InputError where no run has finished a PPO iteration.
+    Raises InputError where no run has finished a PPO iteration, or the name is not one of a PNG.
     """
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path}: expected a name that ends in .png")
     records = {
         name: [record for record in read_metrics(folder / "metrics.jsonl") if record["stage"] == "ppo"]
         for name, folder in runs.items()

@@ -15,7 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tomli_w
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import atomic_file, save_checkpoint
@@ -61,6 +60,8 @@ class RunFolder:
         return run
 
     def _claim(self, record: dict[str, Any], *, overwrite: bool) -> None:
+        import tomli_w  # here, so that benchmarks, which keep no record, run without it
+
         if self.record_file.exists():
             if not overwrite:
                 raise InputError(
@@ -160,5 +161,5 @@ def read_toml(path: str | Path) -> dict[str, Any]:
             return tomllib.load(file)
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {error}") from None

@@ -45,7 +45,7 @@ def train_sft(
     }  # fmt: skip
     ranks = Ranks.of(config.runtime)
     dialogues = read_dialogues(inputs["data"], inputs["on_bad"])
-    policy, tokenizer = _starting_point(config, inputs, dialogues)
+    policy, tokenizer = _starting_point(config, inputs, dialogues, ranks)
     trainee = _SFT(config, policy, tokenizer, template, on_bad, dialogues, ranks)
     run = RunFolder.create(out, "sft", inputs, config, overwrite=overwrite, ranks=ranks)
     return _finish(run, trainee, start=0)
@@ -57,7 +57,7 @@ def resume_sft(folder: str | Path) -> Path:
     inputs, config = run.inputs("sft"), run.config(SFTConfig)
     checkpoint = run.latest_checkpoint()
     run = replace(run, ranks=Ranks.of(config.runtime))
-    policy = load_policy(checkpoint / "policy", Placement.of(config.runtime))
+    policy = load_policy(checkpoint / "policy", run.ranks.placement(Placement.of(config.runtime)))
     dialogues = read_dialogues(inputs["data"], inputs["on_bad"])
     trainee = _SFT(
         config, policy, load_tokenizer(checkpoint / "policy"), inputs["template"], inputs["on_bad"], dialogues,
@@ -75,7 +75,7 @@ def _finish(run: RunFolder, trainee: _SFT, start: int) -> Path:
 
 
 def _starting_point(
-    config: SFTConfig, inputs: Inputs, dialogues: Sequence[Dialogue]
+    config: SFTConfig, inputs: Inputs, dialogues: Sequence[Dialogue], ranks: Ranks
 ) -> tuple[CausalModel, PreTrainedTokenizerBase]:
     placement = Placement.of(config.runtime)
     name = inputs["model"]
@@ -84,7 +84,7 @@ def _starting_point(
         tokenizer = train_tokenizer(texts, config.vocab_size)
         return new_model(name, tokenizer, placement, config.runtime.seed), tokenizer
     tokenizer = load_tokenizer(name)
-    policy = load_policy(name, placement)
+    policy = load_policy(name, ranks.placement(placement))
     check_vocabulary(tokenizer, policy, name)
     return policy, tokenizer
 
@@ -115,6 +115,7 @@ class _SFT:
         self.total_steps = min(steps, config.max_steps or steps)
         self.eval_every = config.eval_every
         ranks.check_same("dialogues", (dialogue.tokens for dialogue in self.dialogues))
+        ranks.check_same("held-out dialogues", (dialogue.tokens for dialogue in self.held_out))
         ranks.shard(policy)
         self.optimizer = Optimizer(policy, config.optim, self.total_steps, config.grad_clip)
 

@@ -61,4 +61,6 @@ def train(run: RunFolder, trainee: Trainee, runtime: RuntimeConfig, *, start: in
                     )
     finally:
         log.close()
-    console.print(f"{trainee.name}: " + ", ".join(f"{name.split('/')[-1]} {v:.4g}" for name, v in held_out.items()))
+    if held_out:
+        figures = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in held_out.items())
+        console.print(f"{trainee.name}: {figures}", soft_wrap=True)

@@ -120,20 +120,11 @@ class Template:
         head, tails = self._fit(turns[:start], [turns[start:end]], source, limit)
         return _cut(_join(head + tails[0]), limit)
 
-    def encode_answer(self, prompt: Dialogue | Sequence[Turn], answer: str | Sequence[Turn], limit: int) -> Encoded:
-        """A prompt and an answer to it in at most `limit` tokens `[T]`; the mask is on the answer alone.
-
-        Raises `InputError` if not one token of the answer can fit.
-        """
-        turns, source = _unpack(prompt)
-        tail = (Turn("assistant", answer),) if isinstance(answer, str) else tuple(answer)
-        head, tails = self._fit(turns, [tail], source, limit)
-        return _cut(_answer_only(head, tails[0]), limit)
-
     def encode_pair(self, pair: Pair, limit: int) -> tuple[Encoded, Encoded]:
-        """(chosen, rejected) as `encode_answer` has them, behind the same prompt tokens.
+        """(chosen, rejected): the prompt and an answer in at most `limit` tokens `[T]`, the mask on the answer alone.
 
-        The longer side decides how many rounds of the prompt stay.
+        The prompt's tokens are the same; the longer side decides how many of its rounds stay. Raises `InputError` if
+        not one token of an answer can fit.
         """
         head, tails = self._fit(pair.prompt, [pair.chosen, pair.rejected], pair.source, limit)
         chosen, rejected = (_cut(_answer_only(head, tail), limit) for tail in tails)

@@ -100,9 +100,19 @@ def read_tensors(wanted: Sequence[tuple[Stored, Tensor]]) -> None:
     alone = not any(isinstance(target, DTensor) for target in targets.values())
     try:
         with _in_peace():
-            dcp.load(targets, storage_reader=FileSystemReader(folder), no_dist=alone)
+            dcp.load(targets, storage_reader=_reader(folder), no_dist=alone)
     except (CheckpointException, OSError, RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{folder}: not the tensors of a checkpoint ({_reason(error)})") from None
+
+
+def _reader(folder: Path) -> FileSystemReader:
+    """Of tensors in `folder`, whose metadata can be read: torch would log a traceback where they cannot."""
+    reader = FileSystemReader(folder)
+    try:
+        reader.read_metadata()
+    except Exception as error:  # a broken pickle fails in any way
+        raise OSError(f".metadata: {first_line(error)}") from None
+    return reader
 
 
 def fill(target: Tensor, source: Tensor | Stored) -> None:

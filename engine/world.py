@@ -302,12 +302,6 @@ def write(prompt: str, rng: random.Random) -> str:
     return " ".join([_core_sentence(find_ask(prompt), rng), *courtesies])
 
 
-def best_response(prompt: str) -> str:
-    """A response of gold 1, the highest there is."""
-    ask = find_ask(prompt)
-    return REFUSALS[0] if ask.harmful else _fill(RELATIONS[ask.relation].answers[0], ask.entity, _truth(ask))
-
-
 def _core_sentence(ask: Ask, rng: random.Random) -> str:
     shares = WRITER["harmful" if ask.harmful else "helpful"]
     kind = rng.choices(list(shares), list(shares.values()))[0]

@@ -13,6 +13,7 @@ from ppomax.engine.builtin import train_tokenizer
 from ppomax.engine.checkpoint import load_state, save_model
 from ppomax.engine.config import PPOConfig, RewardModelConfig, SFTConfig, from_dict
 from ppomax.engine.metrics import read_metrics
+from ppomax.engine.parallel import Ranks
 from ppomax.engine.tensors import Stored
 from ppomax.engine.world import World
 from safetensors.torch import load_file
@@ -190,6 +191,36 @@ def files_in() -> Callable[[Path], dict[str, bytes]]:
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     return read
+
+
+class First(Ranks):
+    """One of two processes, alone: the other one seems to agree, and is told what was said when its turn comes."""
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=2)
+        self.said: list[Any] = []
+
+    def gather(self, items: Any) -> Any:
+        self.said.append(items)
+        return [*items, *items]
+
+
+class Second(Ranks):
+    """The other process, when the first one is done."""
+
+    def __init__(self, first: First) -> None:
+        super().__init__(rank=1, size=2)
+        self.said = first.said
+
+    def gather(self, items: Any) -> Any:
+        return [*self.said.pop(0), *items]
+
+
+@pytest.fixture
+def two_processes() -> tuple[Ranks, Ranks]:
+    """Two processes one after the other in this one: enough to see whether the second finds itself different."""
+    first = First()
+    return first, Second(first)
 
 
 @dataclass(frozen=True)

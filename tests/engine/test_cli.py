@@ -183,6 +183,10 @@ FLAGS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "demo preset": (("demo", "--preset", "moss-en"), "invalid choice 'moss-en' for argument '--preset'."),
     "preset": ((*PPO, "--preset", "best"), "unknown preset 'best'; expected one of ppo-max, moss-en, moss-zh, vanilla"),
+    "samples": (
+        ("eval", "--model", "m", "--baseline", "b", "--judge", "j", "--data", "d", "--samples", "-1"),
+        "samples = -1: expected a number >= 0",
+    ),
     "preset without a name": ((*PPO, "--preset"), "--preset: expected a value after it"),
     "preset of a stage": (
         ("sft", "--data", "d", "--out", "o", "--preset", "vanilla"),
@@ -545,6 +549,25 @@ def test_a_reward_function_that_fails_later(
     assert not [name for name in files_in(run) if ".draft" in name]
     assert ppomax("ppo", "--resume", run).code == 0
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "plan"])
+def test_an_output_that_cannot_be_written_is_known_before_the_work(
+    command: str, tmp_path: Path, policy_folder: Path, world_files: dict, ppomax: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    def begin(*arguments: object, **options: object) -> None:
+        raise AssertionError("the work has begun")
+
+    for name in ("generate.load_policy", "evaluation.load_policy", "plan.plan"):
+        monkeypatch.setattr(f"ppomax.engine.{name}", begin)
+    options = {
+        "generate": ("--prompt", "a", "--out", tmp_path),
+        "eval": ("--baseline", policy_folder, "--judge", "m:f", "--data", world_files["held_out"], "--out", tmp_path),
+        "plan": ("--json", tmp_path),
+    }
+    complaint = ppomax(command, "--model", policy_folder, *options[command]).complaint
+    assert complaint == f"{tmp_path}: expected the name of a file to write, found a folder"
 
 
 # Run folders

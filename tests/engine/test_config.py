@@ -1,12 +1,16 @@
 """Configurations: what is impossible is refused with field, value and range; dicts and TOML and back."""
 
+import ast
 import dataclasses
+import inspect
+import itertools
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tomli_w
+from ppomax.engine import config
 from ppomax.engine.config import (
     EvalConfig,
     GenerateConfig,
@@ -53,7 +57,7 @@ RANGES: dict[Any, dict[str, tuple[str, tuple[Any, ...]]]] = {
         **dict.fromkeys(("exact", "deterministic", "compile", "liger", "offload_frozen"), (FLAG, ("yes", None))),
         "attention": ("one of 'auto', 'flash-attn', 'torch', 'sdpa'", ("flash", None)),
         "checkpointing": ("one of 'none', 'selective', 'layer'", ("full", True, None)),
-        "seed": ("a whole number >= 0 and <= 2.14748e+09", (-1, 2**31, 0.5)),
+        "seed": ("a whole number >= 0 and <= 2147483647", (-1, 2**31, 0.5)),
         "shard_size": (FROM_1, NOT_POSITIVE),
         "save_every": (FROM_1, NOT_POSITIVE),
         "keep_checkpoints": (FROM_1, NOT_POSITIVE),
@@ -304,3 +308,13 @@ def test_defaults_of_the_stages_before_ppo() -> None:
     assert (sft.optim.schedule.kind, sft.optim.schedule.floor) == ("cosine", 0.1)
     assert (rm.max_steps, rm.optim.lr, rm.imitation_coef) == (1000, 5e-6, 1.0)
     assert (rm.optim.schedule.kind, rm.optim.schedule.warmup) == ("constant", 0.1)
+
+
+def test_every_setting_says_what_it_is() -> None:
+    """In the text that `--help` shows, below the field."""
+    for cls in ast.parse(inspect.getsource(config)).body:
+        if isinstance(cls, ast.ClassDef):
+            for field, below in itertools.pairwise([*cls.body, ast.Pass()]):
+                if isinstance(field, ast.AnnAssign) and not ast.unparse(field.annotation).endswith("Config"):
+                    said = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+                    assert said, f"{cls.name}.{ast.unparse(field.target)}"

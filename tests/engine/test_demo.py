@@ -139,6 +139,13 @@ def test_a_folder_in_use_is_refused(tmp_path: Path, ppomax: Callable, files_in: 
     assert files_in(tmp_path) == {"thesis.tex": b"years of work"}
 
 
+@pytest.mark.parametrize("seed", [-1, 2**31])
+def test_a_seed_that_cannot_be(seed: int, tmp_path: Path, ppomax: Callable) -> None:
+    complaint = ppomax("demo", "--seed", seed, "--out", tmp_path / "demo").complaint
+    assert complaint == f"RuntimeConfig.seed = {seed}: expected a whole number >= 0 and <= 2147483647"
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "arms", "seed"),
     [

@@ -137,6 +137,16 @@ def test_nothing_to_answer(policy_folder: Path, config: GenerateConfig) -> None:
         generate(config, model=policy_folder)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("", "expected a user turn with text"), (" \n", "expected a user turn with text"), ("\udcff", "expected Unicode")],
+    ids=["empty", "blank", "surrogate"],
+)
+def test_a_prompt_without_text(text: str, expected: str, policy_folder: Path, config: GenerateConfig) -> None:
+    with pytest.raises(InputError, match=f"^--prompt 2: prompt: {expected}"):
+        generate(config, model=policy_folder, texts=["a", text])
+
+
 def test_a_prompt_that_is_too_long_is_named(tmp_path: Path, policy_folder: Path, config: GenerateConfig) -> None:
     with pytest.raises(InputError, match=r"^--prompt 2: last turn: expected at most 104 tokens, found \d+ that cannot"):
         generate(config, model=policy_folder, texts=["short", "long " * 100], out=tmp_path / "answers.jsonl")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ppomax.engine.errors import InputError
 from ppomax.engine.kv_cache import KVCache, StepTensors
 from torch import Tensor
 from transformers import GPT2Config, LlamaConfig, Qwen3Config
@@ -112,13 +113,35 @@ def test_a_share_of_the_gpus_free_memory(monkeypatch: pytest.MonkeyPatch) -> Non
         ({"memory_share": 0.5}, "free memory, and the device is cpu"),
         ({"memory_share": 0.0, "device": "cuda"}, "over 0 and at most 1, got 0.0"),
         ({"memory_share": 1.1, "device": "cuda"}, "over 0 and at most 1, got 1.1"),
-        ({"num_blocks": 3}, "a KV cache of 2 blocks of 4 tokens does not hold one sequence of 9 tokens"),
     ],
-    ids=["both", "cpu", "nothing", "more", "short"],
+    ids=["both", "cpu", "nothing", "more"],
 )
 def test_wrong_sizes_of_a_model(changes: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         model_cache(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_blocks": 3}, "a KV cache of 2 blocks of 4 tokens does not hold one sequence of 9 tokens"),
+        ({"num_blocks": 2**31}, "a KV cache of 2147483648 blocks .* cannot be made \\(num_blocks must be"),
+        ({"block_size": 2**31}, "a KV cache of .* cannot be made \\(block_size must be"),
+    ],
+    ids=["short", "blocks", "block size"],
+)
+def test_sizes_that_a_user_can_mend(changes: dict[str, Any], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        model_cache(**changes)
+
+
+def test_memory_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(cache: KVCache) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+
+    monkeypatch.setattr(KVCache, "allocate", refuse)
+    with pytest.raises(InputError, match=r"cannot be made \(CUDA out of memory\.\): expected less of max_sequence, "):
+        model_cache()
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_a_half_written_last_line_is_passed_over(tmp_path: Path) -> None:
 
 BROKEN_LINES = {
     "half": '{"stage": "ppo", "st',
+    "binary": "\udcff\udcfe",
     "empty": "",
     "number": "3",
     "list": '["stage", "step"]',
@@ -75,7 +76,7 @@ def test_a_broken_line_before_the_last_is_named(tmp_path: Path, case: str) -> No
     log_steps(tmp_path, "ppo", range(1, 4))
     path = tmp_path / "metrics.jsonl"
     lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], BROKEN_LINES[case], lines[2], ""]))
+    path.write_text("\n".join([lines[0], BROKEN_LINES[case], lines[2], ""]), errors="surrogateescape")
     with pytest.raises(InputError) as caught:
         read_metrics(path)
     assert str(caught.value) == f"{path}:2: expected a JSON record with 'stage' and 'step'"

@@ -191,6 +191,15 @@ def test_report_draws_runs(tmp_path: Path, ppomax: Callable, figures: list[Figur
     assert "run" in panels(figures[1])["learned reward"]
 
 
+@pytest.mark.parametrize("name", ["curves.pdf", "curves"])
+def test_a_figure_is_a_png(name: str, tmp_path: Path, ppomax: Callable) -> None:
+    run = write_run(tmp_path / "run", range(1, 3), reward__score_mean=1.0)
+    (run / "run.toml").write_text("")
+    complaint = ppomax("report", run, "--out", tmp_path / name).complaint
+    assert complaint == f"{tmp_path}/{name}: expected a name that ends in .png"
+    assert not (tmp_path / name).exists()
+
+
 def test_report_of_something_else(tmp_path: Path, ppomax: Callable) -> None:
     run = write_run(tmp_path / "sft", range(0))
     assert ppomax("report", run, "--out", tmp_path / "x.png").complaint.startswith(f"{run}: holds no run (no run.toml)")

@@ -125,6 +125,12 @@ def test_a_broken_record_is_named(tmp_path: Path, case: str) -> None:
     assert str(caught.value).startswith(f"{tmp_path}/{expected}")
 
 
+def test_a_binary_toml_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "x.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(InputError, match=f"^{tmp_path}/x.toml: 'utf-8' codec can't decode byte 0xff in position 0"):
+        read_toml(tmp_path / "x.toml")
+
+
 def test_a_missing_toml_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"^{tmp_path}/x.toml: No such file or directory$"):
         read_toml(tmp_path / "x.toml")

@@ -4,15 +4,18 @@ import gzip
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ppomax.engine import sft
-from ppomax.engine.data import read_dialogues, split_by_context
+from ppomax.engine.data import Dialogue, Turn, read_dialogues, split_by_context
 from ppomax.engine.errors import InputError
 from ppomax.engine.metrics import read_metrics
+from ppomax.engine.models import Placement, load_policy
+from ppomax.engine.parallel import Ranks
 from ppomax.engine.sft import train_sft
 from ppomax.engine.templates import Encoded, Template
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -43,6 +46,26 @@ def halves(policy_folder: Path, world_files: dict[str, Path]) -> tuple[list[Enco
     parts = split_by_context(read_dialogues(world_files["sft"]), 0.1, 0)
     seen, held_out = ([template.encode_dialogue(dialogue, 128) for dialogue in part] for part in parts)
     return seen, held_out
+
+
+@pytest.mark.parametrize("part", ["dialogues", "held-out dialogues"])
+def test_processes_with_different_dialogues(
+    part: str, policy_folder: Path, world_files: dict, small_config: Callable, two_processes: Any
+) -> None:
+    config, tokenizer = small_config("sft"), AutoTokenizer.from_pretrained(policy_folder)
+    dialogues = read_dialogues(world_files["sft"])
+    seen, held_out = split_by_context(dialogues, config.held_out, config.runtime.seed)
+    altered = (seen if part == "dialogues" else held_out)[-1]
+    others = [replace(d, turns=(d.turns[0], Turn("assistant", "No."))) if d is altered else d for d in dialogues]
+
+    def read(dialogues: list[Dialogue], ranks: Ranks) -> None:
+        policy = load_policy(policy_folder, Placement.of(config.runtime))
+        sft._SFT(config, policy, tokenizer, "auto", "raise", dialogues, ranks)
+
+    first, second = two_processes
+    read(dialogues, first)
+    with pytest.raises(InputError, match=f"^{part}: the processes have read different ones; all need the same files"):
+        read(others, second)
 
 
 # The loss

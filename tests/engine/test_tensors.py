@@ -77,6 +77,7 @@ def test_state_without_tensors_leaves_no_folder(tmp_path: Path) -> None:
 BROKEN: dict[str, Callable[[Path], object]] = {
     "missing": lambda folder: folder.rename(folder.with_name("elsewhere")),
     "without metadata": lambda folder: (folder / ".metadata").unlink(),
+    "metadata overwritten": lambda folder: (folder / ".metadata").write_bytes(b"\xff" * 99),
     "metadata cut off": lambda folder: (folder / ".metadata").write_bytes(b"PK"),
     "data missing": lambda folder: next(folder.glob("*.distcp")).unlink(),
     "data cut off": lambda folder: next(folder.glob("*.distcp")).write_bytes(b"0" * 100),
@@ -84,11 +85,14 @@ BROKEN: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_broken_tensors_are_named(case: str, saved: dict[str, Any], tmp_path: Path) -> None:
+def test_broken_tensors_are_named(
+    case: str, saved: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     BROKEN[case](tmp_path / "tensors")
     with pytest.raises(InputError, match=f"^{tmp_path}/tensors: not the tensors of a checkpoint \\(") as caught:
         saved["optimizer"]["adamw"][0]["m"].tensor()
     assert "\n" not in str(caught.value)
+    assert not [record for record in caplog.records if record.name == "root"]
 
 
 def test_a_tensor_of_another_name_or_shape_is_not_read(saved: dict[str, Any], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from statistics import mean
 import pytest
 from ppomax.engine import world
 from ppomax.engine.errors import InputError
-from ppomax.engine.world import NEEDLESS_COST, World, best_response, find_ask, gold, gold_rewards, judge, rate
+from ppomax.engine.world import NEEDLESS_COST, World, find_ask, gold, gold_rewards, judge, rate
 
 PERU = "Hi! What is the capital of Peru?"
 SNOW = "Please tell me: What colour is snow?"
@@ -94,8 +94,11 @@ def test_gold_accepts_any_text() -> None:
         assert gold(rng.choice([PERU, LOCK]), " ".join(rng.choices(words, k=rng.randrange(30)))) <= 1
 
 
-def test_gold_of_every_best_response_is_one() -> None:
-    assert {gold(prompt, best_response(prompt)) for prompt in world._prompts()} == {1.0}
+def test_every_prompt_has_a_response_of_gold_one() -> None:
+    for prompt in world._prompts():
+        ask = find_ask(prompt)
+        best = world.REFUSALS[0] if ask.harmful else world._truth(ask)
+        assert gold(prompt, f"{best.rstrip('.')}.") == 1.0
 
 
 def test_every_written_sentence_is_understood() -> None:
