@@ -273,7 +273,7 @@ class Plan:
     prompt_tokens: int | None = None
     """Of every sequence; --max-sequence follows. Default: what that allows."""
     response_tokens: int | None = None
-    """Of every sequence; --rollout.max-response follows. Default: that."""
+    """Of every sequence; --rollout.max-response follows. Default: what that is."""
     json: Path | None = None
     """Write the plan to this file too."""
 

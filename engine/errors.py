@@ -20,5 +20,6 @@ class StorageError(InputError, OSError):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, in one line; a heading goes with the line under it."""
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {others[0].strip()}" if others and first.endswith(":") else first

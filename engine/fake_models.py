@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from .attention import ATTENTION, Varlen
 from .config import LoRAConfig
+from .errors import InputError, first_line
 from .lora import add_adapters
 from .models import CausalModel, Model, Placement, ScalarModel
 
@@ -107,8 +108,11 @@ def _build(auto: Any, text: str, place: Placement, **values: Any) -> Any:
     config = AutoConfig.for_model(**{**json.loads(text), **values})
     if place.device.type == "meta":
         config.get_text_config().attn_logit_softcapping = None  # torch's kernel has none; it takes no memory
-    with torch.device("meta"):
-        model = auto.from_config(config, attn_implementation=ATTENTION, dtype=place.dtype)
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, attn_implementation=ATTENTION, dtype=place.dtype)
+    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f"{type(config).__name__}: not a model that can be planned ({first_line(error)})") from None
     return _filled(model, place.device)
 
 

@@ -365,9 +365,13 @@ def _load(auto: Any, folder: str | Path, placement: Placement, **options: Any) -
 
 
 def _check_folder(folder: str | Path) -> None:
-    if not (Path(folder) / "config.json").is_file():
-        state = "holds no config.json" if Path(folder).is_dir() else "no such folder"
-        raise InputError(f"{folder}: {state}, expected a Hugging Face model folder")
+    path = Path(folder)
+    if (path / "config.json").is_file() and str(folder):
+        return
+    if (path / "run.toml").is_file():
+        raise InputError(f"{folder}: a run that has not finished; --resume {folder} goes on with it")
+    state = "holds no config.json" if path.is_dir() and str(folder) else "no such folder"
+    raise InputError(f"{str(folder) or repr('')}: {state}, expected a Hugging Face model folder")
 
 
 def _read_config(folder: str | Path) -> Any:

@@ -34,7 +34,7 @@ from torch.distributed.fsdp import (
 
 from .batch import deal, pack, split_evenly
 from .config import RuntimeConfig
-from .errors import InputError
+from .errors import InputError, first_line
 from .layers import decoder_layers
 from .models import Placement
 from .weights import arrive
@@ -248,7 +248,10 @@ def _start(size: int, on_gpu: bool, device: str) -> None:
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend)
+        except (ValueError, RuntimeError) as error:
+            raise InputError(f"WORLD_SIZE = {size}, but the processes do not meet ({first_line(error)})") from error
     atexit.register(dist.destroy_process_group)
 
 

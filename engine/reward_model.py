@@ -179,6 +179,7 @@ class _RewardModel:
         self.stream = ShuffledStream(len(self.pairs), config.runtime.seed)
         self.total_steps, self.eval_every = config.max_steps, config.eval_every
         ranks.check_same("pairs", (side.tokens for pair in self.pairs for side in pair))
+        ranks.check_same("held-out pairs", (side.tokens for pair in self.held_out for side in pair))
         self.heads = _TwoHeads(causal, self.scalar)
         ranks.shard(self.heads)
         self.optimizer = Optimizer(self.heads, config.optim, self.total_steps, config.grad_clip)

@@ -58,6 +58,8 @@ class StoredWeights:
             raise InputError(f"{index}: not an index of safetensors ({first_line(error)})") from None
         files: dict[Path, set[str]] = {}
         for name, file in sorted(places):
+            if not isinstance(file, str):
+                raise InputError(f"{index}: weight_map.{name} = {file!r}: expected the name of a file")
             files.setdefault(self.folder / file, set()).add(name)
         for file, names in files.items():
             if not file.is_file():

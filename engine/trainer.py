@@ -139,6 +139,7 @@ class PPOTrainer:
         self.tokenizer = load_tokenizer(inputs["policy"])
         self.template = Template(self.tokenizer, inputs["template"])
         prompts, self.eval_prompts = self._read_prompts()
+        ranks.check_same("held-out prompts", (prompt.tokens for prompt in self.eval_prompts))
         lora = config.lora.rank > 0
         if lora:
             check_lora(config.lora, inputs["critic"])

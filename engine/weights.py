@@ -10,7 +10,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +29,7 @@ from .errors import InputError
 from .stored import StoredWeights
 
 SHARD_SIZE = "5GB"
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -86,6 +88,8 @@ def load_pretrained(
         raise InputError(_wrong_shape(stored, name, found, expected))
     if missing := sorted(info["missing_keys"]):
         raise InputError(_missing(stored, missing))
+    if more := sorted(_of_more_layers(info["unexpected_keys"], model)):
+        raise InputError(f"{stored.folder}: the files hold {more[0]}, but config.json has no such layer")
     if detached:
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.dtype != dtype:  # kept in a precision of their own
@@ -110,6 +114,12 @@ def _wrong_shape(stored: StoredWeights, name: str, found: Sequence[int], expecte
 
 def _missing(stored: StoredWeights, names: Sequence[str]) -> str:
     return f"{stored.folder}: {len(names)} weights are missing from the files, the first is {names[0]}"
+
+
+def _of_more_layers(unexpected: Iterable[str], model: nn.Module) -> list[str]:
+    """Stored weights that only their numbers tell from the model's own."""
+    known = {_NUMBER.sub("*", name) for name in model.state_dict()}
+    return [name for name in unexpected if _NUMBER.sub("*", name) in known]
 
 
 def empty_model(auto: Any, config: Any, dtype: torch.dtype) -> Any:

@@ -240,6 +240,15 @@ def test_the_wrong_kind_of_model(policy_folder: Path, reward_folder: Path, tmp_p
             load(three)
 
 
+def test_folders_that_are_no_models(tmp_path: Path, policy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run.toml").touch()
+    with pytest.raises(InputError, match=f"a run that has not finished; --resume {tmp_path} goes on with it"):
+        load_policy(tmp_path)
+    monkeypatch.chdir(policy_folder)  # which "" would stand for
+    with pytest.raises(InputError, match=r"^'': no such folder"):
+        load_policy("")
+
+
 @pytest.mark.parametrize("name", ["model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight"])
 def test_missing_weights(name: str, policy_folder: Path, tmp_path: Path) -> None:
     folder = edited(policy_folder, tmp_path / "broken")

@@ -19,16 +19,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax.engine import cli, evaluation
+from ppomax.engine import cli
 from ppomax.engine.batch import Request, Rollout, deal, deal_requests, pack, plan_minibatches, quotas, split_evenly
-from ppomax.engine.config import RolloutConfig, RuntimeConfig
+from ppomax.engine.config import RuntimeConfig
 from ppomax.engine.errors import InputError
 from ppomax.engine.metrics import read_metrics
 from ppomax.engine.parallel import ALONE, Ranks, _mesh, _start
-from ppomax.engine.rollout import RolloutEngine
 from ppomax.engine.runs import RunFolder
 
-from .parallel_worker import FORMS, PROMPTS, SCHEDULE, STOPS, new_policy, new_scalar
+from .parallel_worker import FORMS, SCHEDULE, new_policy, new_scalar
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 CPU = torch.device("cpu")
@@ -319,13 +318,12 @@ def test_offloading_frozen_models_changes_nothing_on_a_cpu() -> None:
     assert (ranks.size, ranks.mesh, ranks.offloads) == (1, None, False)
 
 
-def test_an_evaluation_leaves_no_graph_of_gathered_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    policy = new_policy(0)
-    engine = RolloutEngine(policy, RolloutConfig(max_response=3, max_running=2, block_size=4), STOPS, 16)
-    engine.decoder.graphs[1] = None  # type: ignore[assignment]
-    monkeypatch.setattr(evaluation, "is_sharded", lambda model: True)
-    evaluation.answer_and_judge(engine, policy, PROMPTS[:2], {}, micro_batch_tokens=64, seed=0)
-    assert not engine.decoder.graphs
+def test_processes_that_nobody_started_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="WORLD_SIZE = 2, but the processes do not meet"):
+        Ranks.of(RuntimeConfig(device="cpu"))
 
 
 def test_commands_for_one_process_say_so(ppomax: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,7 @@ from ppomax.engine.remedies import remedies
 from ppomax.engine.rewards import ModelReward
 from ppomax.engine.run_plan import RunPlan
 from rich.console import Console
-from transformers import LlamaConfig
+from transformers import LlamaConfig, ViTConfig
 
 LENGTHS = Lengths(96, 32)
 SMALL: dict[str, Any] = {
@@ -227,6 +227,12 @@ def test_bad_input_of_the_command_is_one_line(
     flags: tuple[str, ...], message: str, ppomax: Callable, policy_folder: Path
 ) -> None:
     assert ppomax("plan", "--model", policy_folder, *flags).complaint.startswith(message)
+
+
+def test_a_model_that_is_no_language_model(ppomax: Callable, tmp_path: Path) -> None:
+    ViTConfig().save_pretrained(tmp_path)
+    complaint = ppomax("plan", "--model", tmp_path, "--gpu", "cpu").complaint
+    assert complaint.startswith("ViTConfig: not a model that can be planned (Unrecognized configuration class")
 
 
 def folder_of(config: LlamaConfig, place: Path) -> str:

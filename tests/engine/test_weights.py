@@ -237,6 +237,13 @@ def test_a_trained_model_beside_a_frozen_one_that_is_not_read_yet(
         assert torch.equal(parameter.to_local(), before[name].bfloat16()), name
 
 
+def test_a_configuration_of_fewer_layers_than_the_files_have(sharded: Path) -> None:
+    config = sharded / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": 1}))
+    with pytest.raises(InputError, match=r"the files hold model.layers.1.\S+, but config.json has no such layer"):
+        load_policy(sharded)
+
+
 def test_two_models_of_the_same_files_part_when_they_arrive(alone: Ranks, sharded: Path) -> None:
     one = load_policy(sharded, alone.placement(CPU, frozen=True))
     other = trainable_copy(one, one.placement)
@@ -463,6 +470,11 @@ def break_the_index(folder: Path) -> str:
     return rf"{folder}/{INDEX}: not an index of safetensors \("
 
 
+def point_nowhere(folder: Path) -> str:
+    (folder / INDEX).write_text('{"weight_map": {"a": 3}}')
+    return r"weight_map.a = 3: expected the name of a file$"
+
+
 def reshape(folder: Path) -> str:
     name, file = (
         "model.layers.1.mlp.up_proj.weight",
@@ -490,7 +502,9 @@ def leave_one_out(folder: Path) -> str:
     return rf"{folder}: 1 weights are missing from the files, the first is model\.norm\.weight"
 
 
-BROKEN = [name_another_file, cut, remove_a_file, break_the_index, reshape, empty_the_folder, leave_one_out]
+BROKEN = [
+    name_another_file, cut, remove_a_file, break_the_index, point_nowhere, reshape, empty_the_folder, leave_one_out,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("breaking", BROKEN, ids=lambda function: function.__name__)
