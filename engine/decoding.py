@@ -14,7 +14,6 @@ from .attention import Paged
 from .flash import KERNELS, check_fits
 from .kv_cache import KVCache, StepTensors
 from .models import CausalModel
-from .parallel import is_sharded
 
 _SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # batches with a graph of their own
 _SIZE_STEP = 64  # between those beyond
@@ -30,8 +29,8 @@ class Decoder:
 
     With `graphs`, on CUDA, steps in which every sequence computes one token run as CUDA graphs, one for each of a few
     batch sizes: the batch is filled up to the next size with rows that write nothing. A graph holds the addresses of
-    weights and pools, so `forget` has to come before either moves. Updates of the weights in place need none. A sharded
-    policy takes none: its layers make other streams wait, which no graph may hold.
+    weights and pools, so `forget` has to come before either moves, as those of a sharded policy do after each batch.
+    Updates of the weights in place need none.
 
     `kernel`: what attends to the cache, as `flash.resolve_paged` names it; InputError where the policy does not fit it.
     """
@@ -55,7 +54,7 @@ class Decoder:
     def hidden(self, step: Step) -> Tensor:
         """Last hidden states `[N, H]` that the step's samples are drawn from."""
         self.cache.apply(step)
-        if self.fixed is not None and step.num_decodes == step.num_members and not is_sharded(self.policy):
+        if self.fixed is not None and step.num_decodes == step.num_members:
             return self._replay(self.fixed, step.num_members)
         inputs = self.cache.inputs(step)
         longest = int(self.cache.host.cu_seqlens[: step.num_members + 1].diff().max())

@@ -16,7 +16,7 @@ from .config import EvalConfig
 from .data import OnBad, Paths, read_prompts, split_by_context
 from .measures import action_metrics
 from .models import CausalModel, Placement, check_same_tokenizer, check_vocabulary, load_policy, load_tokenizer
-from .parallel import ALONE, Ranks
+from .parallel import ALONE, Ranks, is_sharded
 from .prompts import encode_prompts
 from .rewards import Reward, Source, make_reward
 from .rollout import RolloutEngine, random_seeds
@@ -62,6 +62,8 @@ def answer_and_judge(
     own = ranks.share([1] * len(prompts))
     with ranks.gathered(engine.policy):
         drawn = engine.generate([prompts[i].tokens for i in own], [seeds[i] for i in own])
+    if is_sharded(engine.policy):
+        engine.decoder.forget()  # graphs hold addresses of weights, which are gone
     rollouts = [rollout for _, rollout in sorted(ranks.gather(list(zip(own, drawn, strict=True))), key=itemgetter(0))]
     (whole,) = plan_minibatches(
         rollouts, len(rollouts), micro_batch_tokens, None, reference.device, rank=ranks.rank, processes=ranks.size

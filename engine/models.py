@@ -423,11 +423,14 @@ def _check_packing(model: _Trunk) -> None:
 def _output_alone(model: _Trunk, tokens: Tensor) -> Tensor:
     """What transformers computes for one sequence with its plain attention: logits, or hidden states under a score."""
     causal = isinstance(model, CausalModel)
-    model.model.set_attn_implementation("eager")
+    parts = (model.model, model.model.base_model)  # a trunk under another model's head has a configuration of its own
+    for part in parts:
+        part.set_attn_implementation("eager")
     try:
-        output = (model.model if causal else model.model.base_model)(input_ids=tokens[None], use_cache=False)
+        output = parts[0 if causal else 1](input_ids=tokens[None], use_cache=False)
     finally:
-        model.model.set_attn_implementation(ATTENTION)
+        for part in parts:
+            part.set_attn_implementation(ATTENTION)
     return (output.logits if causal else output.last_hidden_state)[0]
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import os
 import zlib
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -196,20 +197,20 @@ class Ranks:
 
     @contextmanager
     def gathered(self, model: nn.Module) -> Iterator[None]:
-        """Inside, each process has all weights of `model` and may run its layers by itself."""
+        """Inside, each process has all weights of `model` and may run its layers by itself, as plain modules: FSDP2's
+        hooks, which let streams wait for each other, would break a CUDA graph."""
         parts = _parts(model)
+        hooks = [(part._forward_pre_hooks, part._forward_hooks) for part in parts]
         for part in parts:
             part.unshard()
-        for part in parts[1:]:
-            part.set_reshard_after_forward(False, recurse=False)
+            part._forward_pre_hooks, part._forward_hooks = OrderedDict(), OrderedDict()
         self._whole.add(model)
         try:
             yield
         finally:
             self._whole.remove(model)
-            for part in parts[1:]:
-                part.set_reshard_after_forward(True, recurse=False)
-            for part in parts:
+            for part, own in zip(parts, hooks, strict=True):
+                part._forward_pre_hooks, part._forward_hooks = own
                 part.reshard()
 
     def at_hand(self, model: nn.Module) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from .lora import has_adapter, sum_gradients
 from .measures import IterationMetrics, experience_metrics, sampler_gap
 from .models import CausalModel, ScalarModel
 from .optim import Optimizer
-from .parallel import ALONE, Ranks
+from .parallel import ALONE, Ranks, is_sharded
 from .rewards import ModelReward, Reward, RunningMoments, reparameterise
 from .rollout import RolloutEngine, RolloutStatistics, random_seeds
 from .scoring import Scored, score_rollouts
@@ -181,6 +181,8 @@ class PPO:
         enough = quotas([len(part) for part in parts], config.rollouts_per_iteration)[ranks.rank]
         with ranks.gathered(self.policy):
             finished, left = self.engine.collect([requests[index] for index in own], enough)
+        if is_sharded(self.policy):
+            self.engine.decoder.forget()  # graphs hold addresses of weights, which are gone
         return (
             sorted(ranks.gather([(own[index], rollout) for index, rollout in finished]), key=itemgetter(0)),
             sorted(ranks.gather([(own[index], request) for index, request in left]), key=itemgetter(0)),

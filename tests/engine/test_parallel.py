@@ -19,7 +19,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from ppomax.engine import cli
+from ppomax.engine import cli, evaluation
+from ppomax.engine import ppo as ppo_module
 from ppomax.engine.batch import Request, Rollout, deal, deal_requests, pack, plan_minibatches, quotas, split_evenly
 from ppomax.engine.config import RuntimeConfig
 from ppomax.engine.errors import InputError
@@ -27,7 +28,7 @@ from ppomax.engine.metrics import read_metrics
 from ppomax.engine.parallel import ALONE, Ranks, _mesh, _start
 from ppomax.engine.runs import RunFolder
 
-from .parallel_worker import FORMS, SCHEDULE, new_policy, new_scalar
+from .parallel_worker import CONFIG, FORMS, PROMPTS, SCHEDULE, new_policy, new_ppo, new_scalar
 
 WORKER = Path(__file__).with_name("parallel_worker.py")
 CPU = torch.device("cpu")
@@ -316,6 +317,19 @@ def test_copies_of_the_weights_need_as_many_processes_each() -> None:
 def test_offloading_frozen_models_changes_nothing_on_a_cpu() -> None:
     ranks = Ranks.of(RuntimeConfig(device="cpu", offload_frozen=True))
     assert (ranks.size, ranks.mesh, ranks.offloads) == (1, None, False)
+
+
+def test_sampling_leaves_no_graph_of_gathered_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    ppo = new_ppo(CONFIG, ALONE)
+    graphs = ppo.engine.decoder.graphs
+    monkeypatch.setattr(ppo_module, "is_sharded", lambda model: model is ppo.policy)
+    monkeypatch.setattr(evaluation, "is_sharded", lambda model: model is ppo.policy)
+    graphs[1] = None  # type: ignore[assignment]
+    ppo.collect()
+    assert not graphs
+    graphs[1] = None  # type: ignore[assignment]
+    evaluation.answer_and_judge(ppo.engine, ppo.policy, PROMPTS[:2], {}, micro_batch_tokens=64, seed=0)
+    assert not graphs
 
 
 def test_processes_that_nobody_started_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from ppomax.engine import decoding
 from ppomax.engine.attention import Paged
 from ppomax.engine.batch import Request, Rollout, pack_rollouts
 from ppomax.engine.config import RolloutConfig
@@ -527,16 +526,6 @@ def test_a_step_filled_up_to_a_fixed_size_draws_the_same(
     assert set(engine.decoder.graphs) <= {1, 2, 4, 7}
     engine.sleep()
     assert not engine.decoder.graphs
-
-
-def test_a_sharded_policy_takes_no_graphs(new_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its layers make streams wait for each other, which a capture does not survive."""
-    engine, prompts = exactly(new_policy(), SAMPLED), draw_prompts()
-    expected = engine.generate(prompts, [3] * 7)
-    engine.decoder = Decoder(engine.policy, engine.cache, graphs=True)
-    monkeypatch.setattr(engine.decoder, "_capture", lambda inputs: pytest.fail("captured"))
-    monkeypatch.setattr(decoding, "is_sharded", lambda model: model is engine.policy)
-    assert equal(engine.generate(prompts, [3] * 7), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

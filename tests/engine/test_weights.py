@@ -39,7 +39,7 @@ from ppomax.engine.weights import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import (
     AutoConfig,
@@ -269,6 +269,22 @@ def test_an_offloaded_model_is_brought_in_once_for_many_passes(alone: Ranks, sha
             addresses.append([p.data_ptr() for p in model.parameters()])
     assert addresses[0] == addresses[1]
     assert all(isinstance(p, DTensor) for p in model.parameters())
+
+
+@torch.no_grad()
+def test_the_layers_of_a_gathered_model_are_plain_modules(alone: Ranks, sharded: Path) -> None:
+    """So that they can be captured in a graph."""
+    plain, model = load_policy(sharded), load_policy(sharded, alone.placement(CPU, frozen=True))
+    alone.shard(model, frozen=True)
+    batch = pack([list(range(9))], [[False] + [True] * 8], CPU.device)
+    parts: list[Any] = [part for part in model.modules() if isinstance(part, FSDPModule)]
+    before = [(list(part._forward_pre_hooks), list(part._forward_hooks)) for part in parts]
+    assert all(hooks for pair in before for hooks in pair)
+    with alone.gathered(model):
+        assert not any(part._forward_pre_hooks or part._forward_hooks for part in parts)
+        assert torch.equal(model.hidden(batch), plain.hidden(batch))
+    assert [(list(part._forward_pre_hooks), list(part._forward_hooks)) for part in parts] == before
+    assert torch.equal(model.logprobs(batch)[0], plain.logprobs(batch)[0])
 
 
 def test_an_architecture_that_does_not_fit_is_refused_when_it_arrives(alone: Ranks, tmp_path: Path) -> None:
