@@ -20,7 +20,8 @@ def environment() -> dict[str, str | int]:
         "gpu": gpu,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "triton", "transformers", "ppomax")},
+        "torch": str(torch.__version__),  # a release's build is not in its metadata
+        **{name: _version(name) for name in ("triton", "transformers", "ppomax")},
     }
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to check and measure on a machine with a GPU, in under nine minutes: build, the kernels' tests on
-# the GPU, the compilation report of the chip, the kernel benchmark, the benches of rollouts and of a small iteration,
-# compute-sanitizer, and the pytest suites at their smallest sizes. Needs no network.
+# the GPU, the compilation report of the chip, the kernel benchmark, the engine's tests on the GPU, the benches of rollouts
+# and of a small iteration, compute-sanitizer, and the pytest suites at their smallest sizes. Needs no network.
 #
 #   bench/gpu.sh            # results in bench/results/gpu
 #   OUT=/tmp/gpu bench/gpu.sh
@@ -108,6 +108,12 @@ esac
 step bench_kernels 200 "$PYTHON" bench/bench_kernels.py --device cuda --json "$OUT/kernels.json"
 has ppomax.engine.ppo && engine=there || engine=
 if [[ $engine ]]; then
+    if has hypothesis; then
+        step engine_tests 90 "$PYTHON" -m pytest tests/engine/test_{rollout,low_memory,flash}.py -k on_a_gpu -q -rs \
+            -p no:cacheprovider
+    else
+        note "engine's tests on a GPU" skipped 0
+    fi
     step bench_rollout 90 "$PYTHON" bench/bench_rollout.py --device cuda --rounds 1 --json "$OUT/rollout.json"
     step bench_iteration 60 "$PYTHON" bench/bench_iteration.py --device cuda --small --json "$OUT/iteration.json"
 else

@@ -110,7 +110,8 @@ def plain() -> Callable[..., Any]:
 
     def twin(model: Any, attention: str = "eager") -> Any:
         model = copy.deepcopy(getattr(model, "model", model))
-        model.set_attn_implementation(attention)
+        for part in (model, model.base_model):  # which may have a configuration of its own
+            part.set_attn_implementation(attention)
         return model
 
     return twin

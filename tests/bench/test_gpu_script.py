@@ -63,7 +63,8 @@ def test_every_step_is_in_the_summary(tmp_path: Path) -> None:
     done = run(tmp_path / "out", stub(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = verdicts(tmp_path / "out")
-    steps = ("build", "tests", "compile_report", "bench_kernels", "bench_rollout", "bench_iteration", "bench_suite")
+    steps = ("build", "tests", "compile_report", "bench_kernels", "engine_tests", "bench_rollout", "bench_iteration",
+             "bench_suite")  # fmt: skip
     assert {found[name] for name in steps} == {"ok"}
     log = (tmp_path / "out" / "gpu.log").read_text()
     assert "called -m pip install --no-deps --no-build-isolation --quiet ." in log

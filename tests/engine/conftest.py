@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from ppomax.engine import cli
 from ppomax.engine.builtin import train_tokenizer
 from ppomax.engine.checkpoint import load_state, save_model
 from ppomax.engine.config import PPOConfig, RewardModelConfig, SFTConfig, from_dict
@@ -106,6 +105,8 @@ def ppomax(capsys: pytest.CaptureFixture) -> Callable[..., Outcome]:
         capsys.readouterr()
         code: Any = 0
         try:
+            from ppomax.engine import cli  # which needs tyro: the tests on a GPU do without
+
             cli.main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code or 0
