@@ -11,7 +11,7 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import GENERATION_CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from .attention import ATTENTION
@@ -176,7 +177,7 @@ def save_weights(model: PreTrainedModel, folder: Path, *, max_shard_size: str = 
         return
     if write:
         model.save_pretrained(folder, state_dict={})  # all but the weights
-    _save_sharded(_without_ties(model), folder, max_shard_size, write)
+    _save_sharded(model, folder, max_shard_size, write)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -193,9 +194,11 @@ def _without_ties(model: PreTrainedModel) -> dict[str, Tensor]:
     return dict(once.values())
 
 
-def _save_sharded(weights: Mapping[str, Tensor], folder: Path, max_shard_size: str, write: bool) -> None:
+def _save_sharded(model: PreTrainedModel, folder: Path, max_shard_size: str, write: bool) -> None:
+    weights = _without_ties(model)
     whole = {name: torch.empty(weight.shape, dtype=weight.dtype, device="meta") for name, weight in weights.items()}
     plan = split_torch_state_dict_into_shards(whole, max_shard_size=max_shard_size)
+    places: dict[str, str] = {}
     for file, names in plan.filename_to_tensors.items():
         shard = {}
         for name in names:
@@ -204,7 +207,9 @@ def _save_sharded(weights: Mapping[str, Tensor], folder: Path, max_shard_size: s
             if write:
                 shard[name] = tensor.cpu().contiguous()
         if write:
-            save_file(shard, folder / file, {"format": "pt"})
+            stored = revert_weight_conversion(model, shard)  # names and shapes of files: experts one by one
+            save_file({name: tensor.contiguous() for name, tensor in stored.items()}, folder / file, {"format": "pt"})
+            places |= dict.fromkeys(stored, file)
     if write and plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        index = {"metadata": plan.metadata, "weight_map": places}
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")

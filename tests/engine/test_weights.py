@@ -318,6 +318,24 @@ def test_stored_tensors_of_several_precisions_are_read_in_the_one_asked_for(
         assert torch.equal(weight, stored.float()), name
 
 
+def test_experts_of_a_sharded_model_are_saved_one_by_one(alone: Ranks, tmp_path: Path) -> None:
+    """As their files have them, whatever transformers makes of them in memory."""
+    config = AutoConfig.for_model(
+        "qwen3_moe", vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    save_weights(model, tmp_path / "plain", max_shard_size="20KB")
+    fully_shard(model, mesh=alone.mesh)
+    save_weights(model, tmp_path / "sharded", max_shard_size="20KB")
+    plain, ours = (StoredWeights(tmp_path / name) for name in ("plain", "sharded"))
+    assert "model.layers.1.mlp.experts.3.up_proj.weight" in ours.entries
+    assert ours.entries.keys() == plain.entries.keys()
+    for name in plain.entries:
+        assert torch.equal(ours.read(name), plain.read(name)), name
+
+
 def test_the_weights_of_another_model_do_not_stay(tmp_path: Path, new_policy: Any, tokenizer: Any) -> None:
     """Readers take one file where there is one, however many others an index names."""
     for seed, size in enumerate(["5GB", "20KB", "50KB", "5GB"]):
