@@ -171,7 +171,8 @@ class RolloutConfig:
     sleep: bool = False
     """Give the memory of the KV cache back while the models are updated."""
     cuda_graphs: bool = True
-    """On a GPU: decode by CUDA graphs, captured once for each of a few batch sizes; not where weights are sharded."""
+    """On a GPU: decode by CUDA graphs, captured once for each of a few batch sizes; where weights are sharded, anew for
+    each batch of rollouts."""
     stop: tuple[str, ...] = ()
     """Texts that end a response, as its last part, beside the tokenizer's end tokens."""
 

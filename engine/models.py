@@ -7,6 +7,7 @@ their head to chosen rows only, so no logits and no values of prompt tokens are 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -258,6 +259,10 @@ AnyModel = TypeVar("AnyModel", CausalModel, ScalarModel)
 def load_policy(folder: str | Path, placement: Placement = CPU) -> CausalModel:
     """A causal language model from a Hugging Face folder.
 
+    Args:
+        placement: device and precision, float32 on the CPU unless given; `Placement.of(RuntimeConfig())` takes a GPU
+            where there is one, and bfloat16 there.
+
     Raises:
         InputError: no such folder, not a causal language model, or an architecture that packed batches do not fit.
     """
@@ -269,7 +274,8 @@ def load_policy(folder: str | Path, placement: Placement = CPU) -> CausalModel:
 
 
 def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
-    """A one-label sequence classifier from a Hugging Face folder, as `ppomax rm` writes it.
+    """A one-label sequence classifier from a Hugging Face folder, as `ppomax rm` writes it; `placement` as in
+    `load_policy`.
 
     Raises:
         InputError: no such folder, no scalar head in it, more than one label, or an architecture that packed batches
@@ -289,7 +295,8 @@ def load_reward_model(folder: str | Path, placement: Placement = CPU) -> ScalarM
 
 
 def load_critic(folder: str | Path, placement: Placement = CPU) -> ScalarModel:
-    """A critic: the reward model in `folder`, or the trunk of the causal language model there with a zero head."""
+    """A critic: the reward model in `folder`, or the trunk of the causal language model there with a zero head;
+    `placement` and errors as in `load_policy`."""
     _check_folder(folder)
     if _is_classifier(folder):
         return load_reward_model(folder, placement)
@@ -312,7 +319,9 @@ def scalar_from_causal(causal: CausalModel, std: float, generator: torch.Generat
     width = config.get_text_config().hidden_size
     head = torch.empty(1, width).normal_(0, 1, generator=generator).mul_(std)
     shell.score = nn.Linear(width, 1, bias=False, device="meta")
-    shell.score.weight = nn.Parameter(head.to(weight))
+    place = causal.placement
+    dtype = place.dtype if place.deferred else weight.dtype  # files may hold less bits than the head shall have
+    shell.score.weight = nn.Parameter(head.to(weight.device, dtype))
     return ScalarModel(shell, causal.placement)
 
 
@@ -371,7 +380,9 @@ def _check_folder(folder: str | Path) -> None:
     if (path / "run.toml").is_file():
         raise InputError(f"{folder}: a run that has not finished; --resume {folder} goes on with it")
     state = "holds no config.json" if path.is_dir() and str(folder) else "no such folder"
-    raise InputError(f"{str(folder) or repr('')}: {state}, expected a Hugging Face model folder")
+    of_hub = not path.parent.exists() and re.fullmatch(r"[\w-]+/[\w.-]+", str(folder))
+    advice = f"; one of the Hub: `hf download {folder} --local-dir FOLDER` first" if of_hub else ""
+    raise InputError(f"{str(folder) or repr('')}: {state}, expected a Hugging Face model folder{advice}")
 
 
 def _read_config(folder: str | Path) -> Any:

@@ -38,7 +38,7 @@ from .config import RuntimeConfig
 from .errors import InputError, first_line
 from .layers import decoder_layers
 from .models import Placement
-from .weights import arrive
+from .weights import arrive, only_dtype
 
 T = TypeVar("T")
 Stats = TypeVar("Stats", bound=NamedTuple)
@@ -168,9 +168,8 @@ class Ranks:
         """
         if not self.shards(frozen=frozen) or isinstance(model, FSDPModule):
             return
-        device, place, dtype = model.device, model.placement, _only_dtype(model)
-        if place.deferred:
-            dtype = place.dtype
+        device, place = model.device, model.placement
+        dtype = place.dtype if place.deferred else only_dtype(model)
         options: dict[str, Any] = {
             "mesh": self.mesh,
             "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.promote_types(dtype, torch.float32)),
@@ -281,18 +280,6 @@ def _value(outcome: Any) -> Any:
     if error is not None:
         raise error
     return value
-
-
-def _only_dtype(model: nn.Module) -> torch.dtype:
-    """Of all weights, which FSDP2 gathers as one tensor."""
-    first, *others = model.named_parameters()
-    for name, parameter in others:
-        if parameter.dtype != first[1].dtype:
-            raise InputError(
-                f"{name} is in {parameter.dtype}, {first[0]} in {first[1].dtype}: expected one precision of all "
-                "weights where several processes share them"
-            )
-    return first[1].dtype
 
 
 def _parts(model: nn.Module) -> list[Any]:

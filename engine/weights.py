@@ -61,19 +61,22 @@ def load_pretrained(
     """`auto.from_pretrained`, straight onto `device` in `dtype`, with the files read by `StoredWeights`.
 
     `options` go into the configuration. Parameters are in `dtype`; buffers (rotary frequencies) are as a new model has
-    them. With `mapped` parameters are views into the files instead, in the files' own precision where that is one,
-    until they `arrive`.
+    them. With `mapped` parameters are views into the files instead, in the files' own precision where that is one
+    (unless the model keeps weights in float32 by itself), until they `arrive`.
 
     Raises:
-        InputError: files that are missing or broken, weights that are missing, weights of a wrong shape.
+        InputError: files that are missing or broken, weights that are missing, weights of a wrong shape; with `mapped`
+            a model that keeps weights in several precisions.
     """
     config = AutoConfig.from_pretrained(str(folder), local_files_only=True, **options)
     stored = StoredWeights(folder)
-    if mapped:
-        device, dtype = torch.device("cpu"), stored.dtype or dtype
-    detached = dtype if device.type == "cpu" and not mapped else None
     # A class of transformers takes tensors in the place of a folder, its auto classes do not.
     shell = empty_model(auto, config, dtype)
+    if mapped:
+        device = torch.device("cpu")
+        if not shell._keep_in_fp32_modules_strict:  # which only the dtype asked for tells from the others
+            dtype = stored.dtype or dtype
+    detached = dtype if device.type == "cpu" and not mapped else None
     model, info = type(shell).from_pretrained(
         None,
         config=shell.config,
@@ -91,6 +94,8 @@ def load_pretrained(
         raise InputError(_missing(stored, missing))
     if more := sorted(_of_more_layers(info["unexpected_keys"], model)):
         raise InputError(f"{stored.folder}: the files hold {more[0]}, but config.json has no such layer")
+    if mapped:
+        only_dtype(model, f"{folder}: ")
     if detached:
         for tensor in itertools.chain(model.parameters(), model.buffers()):
             if tensor.dtype != dtype:  # kept in a precision of their own
@@ -150,7 +155,19 @@ def arrive(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
         if not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(device, dtype, copy=True)
     for buffer in module.buffers():
-        buffer.data = buffer.data.to(device)
+        buffer.data = buffer.data.to(device, copy=True)
+
+
+def only_dtype(model: nn.Module, place: str = "") -> torch.dtype:
+    """Of all weights, which FSDP2 gathers as one tensor. InputError, beginning with `place`, where it is not one."""
+    first, *others = model.named_parameters()
+    for name, parameter in others:
+        if parameter.dtype != first[1].dtype:
+            raise InputError(
+                f"{place}{name} is in {parameter.dtype}, {first[0]} in {first[1].dtype}: expected one precision of all "
+                "weights where several processes share them"
+            )
+    return first[1].dtype
 
 
 def cast(model: Module, device: torch.device, dtype: torch.dtype) -> Module:

@@ -25,6 +25,7 @@ from ppomax.engine.models import (
     ScalarModel,
     load_policy,
     load_reward_model,
+    scalar_from_causal,
     trainable_copy,
 )
 from ppomax.engine.parallel import Ranks
@@ -287,6 +288,34 @@ def test_the_layers_of_a_gathered_model_are_plain_modules(alone: Ranks, sharded:
     assert torch.equal(model.logprobs(batch)[0], plain.logprobs(batch)[0])
 
 
+def test_buffers_do_not_stay_in_their_files(alone: Ranks, tmp_path: Path) -> None:
+    config = AutoConfig.for_model(
+        "glm4_moe", vocab_size=61, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=48, moe_intermediate_size=16, n_routed_experts=4, num_experts_per_tok=2, head_dim=8,
+        first_k_dense_replace=1,
+    )  # fmt: skip
+    save_weights(AutoModelForCausalLM.from_config(config), tmp_path)
+    model = load_policy(tmp_path, alone.placement(CPU, frozen=True))
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in StoredWeights(tmp_path).entries
+    stored = {name: (buffer.data_ptr(), buffer.clone()) for name, buffer in model.named_buffers()}
+    alone.shard(model.requires_grad_(False), frozen=True)
+    for name, buffer in model.named_buffers():
+        address, before = stored[name]
+        assert buffer.data_ptr() != address, name
+        assert torch.equal(buffer, before), name
+
+
+def test_a_new_head_is_not_rounded_as_the_files_are(
+    alone: Ranks, tmp_path: Path, new_model: Callable[..., Any]
+) -> None:
+    save_weights(new_model(dtype=torch.bfloat16), tmp_path)
+    plain, waiting = (load_policy(tmp_path, place) for place in (CPU, alone.placement(CPU, frozen=True)))
+    ours, expected = (scalar_from_causal(each, 0.3, torch.Generator().manual_seed(0)) for each in (waiting, plain))
+    alone.shard(ours, frozen=True)
+    head: Any = ours.model.score.weight
+    assert torch.equal(head.to_local(), expected.model.score.weight)
+
+
 def test_an_architecture_that_does_not_fit_is_refused_when_it_arrives(alone: Ranks, tmp_path: Path) -> None:
     config = AutoConfig.for_model("granite", logits_scaling=4.0, vocab_size=61, hidden_size=32, num_hidden_layers=1,
                                   num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)  # fmt: skip
@@ -301,6 +330,17 @@ def test_weights_of_two_precisions_cannot_be_shared(alone: Ranks, new_policy: Ca
     policy.model.model.norm.double()
     with pytest.raises(InputError, match=r"model.model.norm.weight is in torch.float64, .* in torch.float32: expected"):
         alone.shard(policy, frozen=True)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_a_model_keeps_in_float32_are_not_rounded(
+    stored: torch.dtype, alone: Ranks, tmp_path: Path, new_model: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither are they shared, whatever the files hold."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", {"norm"})
+    save_weights(cast(new_model(), CPU.device, stored), tmp_path)
+    with pytest.raises(InputError, match=r"norm.weight is in torch.float32, .* in torch.bfloat16: expected one prec"):
+        load_policy(tmp_path, alone.placement(HALF, frozen=True))
 
 
 def test_stored_tensors_of_several_precisions_are_read_in_the_one_asked_for(
