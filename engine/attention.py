@@ -245,7 +245,10 @@ def _attend(
 ) -> tuple[Tensor, None]:
     """The function that transformers calls: query `[1, Hq, T, D]`, key and value `[1, Hkv, T, D]`."""
     if attention is None:
-        raise ValueError(f'attn_implementation="{ATTENTION}" needs the keyword `attention` in the forward call')
+        raise ValueError(
+            f'attn_implementation="{ATTENTION}" needs the keyword `attention` in the forward call: use the methods of '
+            "the wrapper (`policy.logprobs(batch)`, `policy.policy_loss(batch, ...)`), with a batch of `pack_rollouts`"
+        )
     if attention_mask is not None or query.shape[0] != 1:
         raise ValueError("packed attention takes one row of packed sequences and no attention mask")
     if dropout:

@@ -6,9 +6,11 @@ released training scripts of OpenLMLab/MOSS-RLHF; "chosen" marks what neither st
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
-from .config import PPOConfig, from_dict
+from .config import PPOConfig, from_dict, to_dict
 from .errors import InputError
 
 Row = tuple[Any, str]
@@ -100,12 +102,13 @@ PRESETS: dict[str, dict[str, Row]] = {
 
 
 def preset(name: str, **overrides: Any) -> PPOConfig:
-    """The named preset; `overrides` are dotted field names with their values (`**{"rollout.top_p": 1.0}`).
+    """The named preset with `overrides`: fields by dotted name (`**{"rollout.top_p": 1.0}`), some of a group as a dict
+    (`rollout={"top_p": 1.0}`), or a whole group, of which nothing stays (`rollout=RolloutConfig(top_p=1.0)`).
 
     Presets hold the settings of 7B models. Raises InputError for an unknown preset or field.
     """
     values = {field: value for field, (value, _) in _rows(name).items()}
-    return from_dict(PPOConfig, _nest({**values, **overrides}))
+    return from_dict(PPOConfig, _nest({**values, **dict(_flat(overrides))}))
 
 
 def provenance(name: str) -> dict[str, Row]:
@@ -117,6 +120,16 @@ def _rows(name: str) -> dict[str, Row]:
     if name not in PRESETS:
         raise InputError(f"unknown preset {name!r}; expected one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def _flat(nested: dict[str, Any], group: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of what tables and configurations hold."""
+    for name, value in nested.items():
+        table = to_dict(value) if dataclasses.is_dataclass(value) else value
+        if isinstance(table, dict):
+            yield from _flat(table, f"{group}{name}.")
+        else:
+            yield f"{group}{name}", value
 
 
 def _nest(flat: dict[str, Any]) -> dict[str, Any]:

@@ -36,8 +36,8 @@ class Panel:
 
 
 PANELS = (
-    Panel("learned reward", "reward/score_mean", "eval/score_mean"),
-    Panel("judge (gold) reward", "reward/judge_mean", "eval/judge_mean"),
+    Panel("reward", "reward/score_mean", "eval/score_mean"),
+    Panel("judge's score (not optimised)", "reward/judge_mean", "eval/judge_mean"),
     Panel("KL to the reference, nats per response", "kl/ref_per_response", "eval/kl/ref_per_response"),
     Panel("response length, tokens", "response/length_mean", "eval/response/length_mean"),
     Panel("perplexity under the policy", "ppl/policy", "eval/ppl/policy"),
@@ -79,8 +79,8 @@ def _draw(ax: Axes, panel: Panel, records: Mapping[str, Records]) -> None:
     for index, (name, run) in enumerate(records.items()):
         color = f"C{index}"
         ax.plot(*_series(run, panel.metric), color=color, lw=1, label=name)
-        if panel.held_out:
-            ax.plot(*_series(run, panel.held_out), "o", color=color, ms=3, label=f"{name}, held-out prompts")
+        if panel.held_out and (points := _series(run, panel.held_out))[0]:
+            ax.plot(*points, "o", color=color, ms=3, label=f"{name}, held-out prompts")
     ax.set_title(panel.title, fontsize=9)
     ax.set_xlabel("PPO iteration", fontsize=8)
     ax.tick_params(labelsize=8)

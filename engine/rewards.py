@@ -5,8 +5,9 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+import sysconfig
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +35,7 @@ Source = str | Path | RewardFunction
 """Of rewards: a reward-model folder, `module:function`, or a function."""
 
 _LARGEST = torch.finfo(torch.float32).max
+_LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
 def load_function(name: str) -> RewardFunction:
@@ -46,24 +48,35 @@ def load_function(name: str) -> RewardFunction:
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except Exception as error:  # the module's own code runs here and may fail in any way
-        raise InputError(f"reward function {name!r}: {type(error).__name__}: {first_line(error)}") from error
+        # Recorded by a run that was given it in Python: a script's own, a lambda, an object, a method.
+        unnamed = module_name == "__main__" or not function_name.isidentifier()
+        advice = "; from Python, PPOTrainer.resume(folder, reward=..., judge=...) takes it" if unnamed else ""
+        raise InputError(f"reward function {name!r}: {type(error).__name__}: {first_line(error)}{advice}") from error
     if not callable(function):
         raise InputError(f"reward function {name!r}: expected a function, found {type(function).__name__}")
     return function
 
 
+def qualified_name(function: RewardFunction) -> str:
+    """`module:function`; `module:<Class>` of an object that is called, which no import finds."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    name = named.__qualname__
+    return f"{named.__module__}:{name if named is function else f'<{name}>'}"
+
+
 def call_reward(function: RewardFunction, prompts: list[list[dict[str, str]]], responses: list[str]) -> Tensor:
     """The function's scores `[S]` float32; InputError unless they are S finite numbers."""
-    name = getattr(function, "__qualname__", repr(function))
+    name = qualified_name(function).partition(":")[2]
     try:
         scores = function(prompts, responses)
         scores = list(scores) if isinstance(scores, Iterator) else scores
     except Exception as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
         raise InputError(
-            f"reward function {name}: {type(error).__name__}: {first_line(error)} ({place.filename}:{place.lineno})"
+            f"reward function {name}: {type(error).__name__}: {first_line(error)} ({_place(error)})"
         ) from error
     try:
+        if isinstance(scores, (str, bytes, Mapping)):  # a list could be made of them, but not of what they say
+            raise TypeError
         values = [float(score) for score in scores]
     except (TypeError, ValueError, OverflowError):
         found = " ".join(repr(scores).split())
@@ -74,6 +87,16 @@ def call_reward(function: RewardFunction, prompts: list[list[dict[str, str]]], r
         if not abs(value) <= _LARGEST:
             raise InputError(f"reward function {name}: score {index} is {value}, expected a finite float32")
     return torch.tensor(values, dtype=torch.float32)
+
+
+def _place(error: BaseException) -> str:
+    """Where a reward function failed: the last line of its own, not of a library that it called."""
+    _, *frames = traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return "called as function(prompts, responses)"
+    own = [frame for frame in frames if not frame.filename.startswith(_LIBRARIES)]
+    place = (own or frames)[-1]
+    return f"{place.filename}:{place.lineno}"
 
 
 class RunningMoments:

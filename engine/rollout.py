@@ -126,6 +126,15 @@ class _UnderWay:
 class RolloutEngine:
     """Samples responses of one policy, whose current weights it always uses.
 
+    A training loop of one's own, with `engine.batch.pack_rollouts` and `advantages` `[N]`, one a response token:
+
+        rollouts = engine.generate(prompts, seeds)
+        batch = pack_rollouts(rollouts, policy.device)
+        old_logprobs = torch.cat([rollout.logprobs for rollout in rollouts]).to(policy.device)
+        policy.policy_loss(batch, old_logprobs=old_logprobs, advantages=advantages).loss.backward()
+        optimizer.step()
+        engine.weights_changed()
+
     Args:
         policy: the model to sample from.
         config: how to sample.

@@ -16,7 +16,7 @@ from .data import OnBad, Paths, read_dialogues, read_prompts, split_by_context
 from .errors import InputError
 from .evaluation import answer_and_judge
 from .lora import adapt, check_lora, has_adapter, merged, save_adapter
-from .metrics import StageProgress, pick
+from .metrics import StageProgress
 from .models import (
     Model,
     Placement,
@@ -32,7 +32,7 @@ from .models import (
 from .parallel import Ranks
 from .ppo import PPO
 from .prompts import encode_prompts
-from .rewards import ModelReward, Reward, RewardFunction, Source, is_function, make_reward
+from .rewards import ModelReward, Reward, RewardFunction, Source, is_function, make_reward, qualified_name
 from .run_plan import RunPlan
 from .runs import Inputs, RunFolder
 from .templates import Encoded, Style, Template, encode_all
@@ -48,10 +48,16 @@ class Step:
     metrics: dict[str, float]
 
 
-# What stands beside the progress bar.
+# What stands beside the progress bar, and under which name.
 SHOWN = {
-    "critic": ("critic/fresh_loss",),
-    "ppo": ("reward/score_mean", "reward/judge_mean", "kl/ref_per_response", "response/length_mean", "ppl/reference"),
+    "critic": {"fresh_loss": "critic/fresh_loss"},
+    "ppo": {
+        "score_mean": "reward/score_mean",
+        "judge_mean": "reward/judge_mean",
+        "kl_ref_per_response": "kl/ref_per_response",
+        "length_mean": "response/length_mean",
+        "ppl_reference": "ppl/reference",
+    },
 }
 
 
@@ -71,7 +77,11 @@ class PPOTrainer:
         ptx: files of dialogues for PPO-ptx; needed where `config.ptx_coef` > 0.
         eval_prompts: files of held-out prompts, answered every `config.eval_every` iterations.
         judge: a second reward that is measured beside the first and never optimised.
+        template: how dialogues become text: `chat`, the tokenizer's template; `en`, `zh`, the paper's; `auto`, the
+            tokenizer's where it has one, else `en`.
+        on_bad: what to do with a record that cannot be used: `raise`, or `skip` it.
         out: run folder; None keeps nothing on disk until `save`.
+        overwrite: replace a run that `out` already holds.
 
     Raises:
         InputError: unusable files, folders or values, before anything is written.
@@ -93,6 +103,7 @@ class PPOTrainer:
         out: str | Path | None = None,
         overwrite: bool = False,
     ) -> None:
+        _check_kinds(config, policy, reward)
         inputs: Inputs = {
             "policy": str(policy),
             "reward": _name(reward),
@@ -218,9 +229,11 @@ class PPOTrainer:
         return encode_all(encode, dialogues, self.inputs["on_bad"])
 
     def __iter__(self) -> Iterator[Step]:
-        """Run what is left of the run; logs and saves as it goes where there is a run folder."""
+        """Run what is left of the run; where there is a run folder, log and save there as it goes, and the models at
+        the end."""
         yield from self._recorded("critic", self._pretrain())
         yield from self._recorded("ppo", self._iterate())
+        self._save_result()
 
     def train(self, name: str = "ppo", *, plain: bool = False) -> None:
         """Run what is left under a progress display; the models end up in the run folder where there is one."""
@@ -237,11 +250,12 @@ class PPOTrainer:
             with StageProgress(title, total, done=done, unit=unit, plain=plain) as progress:
                 self.ppo.engine.watch = self._watcher(progress)
                 for step in self._recorded(stage, steps):
-                    progress.update(step.number, **pick(step.metrics, SHOWN[stage]))
-                    planned.add(step.metrics)
+                    metrics = step.metrics
+                    shown = {label: metrics[name] for label, name in SHOWN[stage].items() if name in metrics}
+                    progress.update(step.number, **shown)
+                    planned.add(metrics)
         planned.compare()
-        if self.run is not None:
-            self.save(self.run.path)
+        self._save_result()
 
     def _watcher(self, progress: StageProgress) -> Callable[[int, int], None]:
         before = self.ppo.engine.statistics
@@ -289,7 +303,12 @@ class PPOTrainer:
             raise
 
     def evaluate(self) -> dict[str, float]:
-        """Metrics `eval/...` of one response to each held-out prompt, drawn with the same seeds each time."""
+        """Metrics `eval/...` of one response to each held-out prompt, drawn with the same seeds each time.
+
+        Raises InputError where the run has no held-out prompts.
+        """
+        if not self.eval_prompts:
+            raise InputError("nothing to evaluate on: set PPOConfig.held_out, or give files of held-out prompts")
         answers = answer_and_judge(
             self.ppo.engine,
             self.ppo.reference,
@@ -313,6 +332,10 @@ class PPOTrainer:
         keep = self.config.runtime.keep_checkpoints
         self.run.save_checkpoint(self.iteration, models, self.tokenizer, state, keep)
 
+    def _save_result(self) -> None:
+        if self.run is not None:
+            self.save(self.run.path)
+
     def save(self, folder: str | Path) -> None:
         """Write the policy as a Hugging Face folder, and the critic beside it in `folder/critic`.
 
@@ -328,6 +351,23 @@ class PPOTrainer:
                 with atomic_folder(place / "adapter") as draft:
                     save_adapter(model, draft)
                 save_model(merged(model), self.tokenizer, place)
+
+
+def _check_kinds(config: object, policy: object, reward: object) -> None:
+    """Raise InputError where something else was given than what the trainer takes: loaded models, say."""
+    kinds: tuple[tuple[str, object, bool, str], ...] = (
+        ("config", config, isinstance(config, PPOConfig), 'a PPOConfig, of `preset("ppo-max")`, say'),
+        ("policy", policy, isinstance(policy, str | Path), "the path of a Hugging Face folder"),
+        (
+            "reward",
+            reward,
+            isinstance(reward, str | Path) or callable(reward),
+            "the path of a reward model's folder, module:function, or a function",
+        ),
+    )
+    for name, found, fits, expected in kinds:
+        if not fits:
+            raise InputError(f"{name}: expected {expected}; found {type(found).__name__}")
 
 
 def _key(source: Source) -> object:
@@ -350,5 +390,5 @@ def _as_list(files: Paths | None) -> list[str]:
 def _name(source: Source | None) -> str:
     """How run.toml records a source of rewards."""
     if callable(source):
-        return f"{source.__module__}:{source.__qualname__}"
+        return qualified_name(source)
     return str(source or "")

@@ -207,7 +207,7 @@ def test_what_transformers_gets_back() -> None:
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"attention": None}, "needs the keyword `attention`"),
+        ({"attention": None}, "needs the keyword `attention`.*`policy.logprobs\\(batch\\)`"),
         ({"attention_mask": torch.ones(1, 1, 2, 2)}, "no attention mask"),
         ({"rows": 2}, "one row of packed sequences"),
         ({"dropout": 0.1}, "dropout 0.1 is not supported"),

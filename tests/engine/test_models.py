@@ -227,6 +227,8 @@ def test_folders_that_are_none(tmp_path: Path) -> None:
             load(tmp_path / "nowhere")
         with pytest.raises(InputError, match=r"holds no config\.json"):
             load(tmp_path)
+    with pytest.raises(InputError, match=r"; one of the Hub: `hf download org/model-0\.6B --local-dir FOLDER` first$"):
+        load_policy("org/model-0.6B")
 
 
 def test_the_wrong_kind_of_model(policy_folder: Path, reward_folder: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import tomli_w
-from ppomax.engine.config import PPOConfig, RolloutConfig, from_dict, to_dict
+from ppomax.engine.config import OptimConfig, PPOConfig, RewardConfig, RolloutConfig, from_dict, to_dict
 from ppomax.engine.errors import InputError
 from ppomax.engine.presets import PRESETS, preset, provenance
 from ppomax.engine.runs import read_toml
@@ -143,6 +143,15 @@ def test_overrides() -> None:
     assert (config.gamma, config.rollout.top_p, config.policy_optim.schedule.warmup) == (0.5, 1.0, 7.0)
     assert config.critic_optim.schedule.warmup == 0.1
     assert preset("vanilla").rollout == RolloutConfig()
+
+
+def test_overrides_of_groups() -> None:
+    one = preset("moss-en", policy_optim={"lr": 1e-3, "schedule": {"floor": 0.5}}, rollout={"top_k": 5})
+    assert one == preset("moss-en", **{"policy_optim.lr": 1e-3, "policy_optim.schedule.floor": 0.5, "rollout.top_k": 5})
+    assert one.policy_optim.schedule.kind == "inverse-sqrt"
+    whole = OptimConfig(lr=1e-3, betas=(0.5, 0.6))
+    assert preset("moss-en", policy_optim=whole).policy_optim == whole
+    assert preset("moss-en", reward=RewardConfig(clip=None)).reward.clip is None
 
 
 MISTAKES: dict[str, tuple[str, dict[str, Any], str]] = {

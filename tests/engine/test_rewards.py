@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -68,9 +69,11 @@ def test_scores_of_any_kind_of_number(scores: Any) -> None:
         (None, "expected 2 numbers, got None"),
         (1.0, r"expected 2 numbers, got 1\.0"),
         (torch.ones(2, 2), "expected 2 numbers"),
+        ("12", "expected 2 numbers, got '12'"),
+        ({0: 0.5, 1: 1.5}, r"expected 2 numbers, got \{0: 0\.5, 1: 1\.5\}"),
     ],
     ids=["few", "many", "none", "nan", "inf", "-inf", "float32-inf", "huge", "text", "hole", "nested", "None", "number",
-         "matrix"],
+         "matrix", "digits", "dict"],
 )  # fmt: skip
 def test_unusable_scores(scores: Any, match: str) -> None:
     with pytest.raises(InputError, match=match) as raised:
@@ -90,6 +93,25 @@ def test_a_function_that_fails() -> None:
         with pytest.raises(InputError, match=r"ZeroDivisionError: division by zero \(.*test_rewards\.py:\d+\)$"):
             call_reward(function, [[], []], ["a", ""])
     assert call_reward(one_by_one, [[], []], ["a", "bb"]).tolist() == [1.0, 0.5]
+
+
+class Judge:
+    def __call__(self, prompts: list, responses: list) -> list[float]:
+        return [json.loads(response) for response in responses]
+
+
+def test_a_failing_library_is_named_by_the_line_that_called_it() -> None:
+    with pytest.raises(InputError, match=r"^reward function <Judge>: JSONDecodeError: .*test_rewards\.py:\d+\)$"):
+        call_reward(Judge(), [[], []], ["1", "{"])
+    assert call_reward(Judge(), [[], []], ["1", "2"]).tolist() == [1.0, 2.0]
+
+
+def test_a_function_with_other_parameters() -> None:
+    def score(completions: list, **columns: list) -> list[float]:
+        return [0.0 for _ in completions]
+
+    with pytest.raises(InputError, match=r"TypeError: .*takes 1 positional.*called as function\(prompts, responses\)"):
+        call_reward(score, [[]], ["a"])
 
 
 @pytest.fixture

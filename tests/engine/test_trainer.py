@@ -2,7 +2,9 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -183,8 +185,11 @@ def test_a_share_of_the_prompts_is_held_out(new_trainer: Callable, world_files: 
 # Run folders
 
 
-def test_a_run_folder_is_a_model_folder_with_its_figures(new_trainer: Callable, tmp_path: Path) -> None:
-    new_trainer({"out": tmp_path / "run"}, iterations=5, critic_pretrain_iterations=1).train()
+@pytest.mark.parametrize("run_all", [PPOTrainer.train, list], ids=["train", "iterate"])
+def test_a_run_folder_is_a_model_folder_with_its_figures(
+    new_trainer: Callable, tmp_path: Path, run_all: Callable
+) -> None:
+    run_all(new_trainer({"out": tmp_path / "run"}, iterations=5, critic_pretrain_iterations=1))
     run = tmp_path / "run"
     assert [(r["stage"], r["step"]) for r in records(run)] == [("critic", 1), *(("ppo", n) for n in range(1, 6))]
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-000005"]
@@ -195,6 +200,12 @@ def test_a_run_folder_is_a_model_folder_with_its_figures(new_trainer: Callable, 
     assert AutoModelForCausalLM.from_pretrained(run).config.vocab_size == 300
     assert AutoModelForSequenceClassification.from_pretrained(run / "critic").num_labels == 1
     assert AutoModelForCausalLM.from_pretrained(checkpoint / "policy").config.vocab_size == 300
+
+
+def test_progress_names_its_figures(new_trainer: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    new_trainer({"reward": by_length}, iterations=1).train()
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("ppo 1/1"))
+    assert re.search(r"  score mean \S+  kl ref per response \S+  length mean \S+  ppl reference \S+$", line)
 
 
 def test_checkpoints_come_when_they_are_due(new_trainer: Callable, tmp_path: Path) -> None:
@@ -297,11 +308,25 @@ def test_resuming_from_python_with_functions(
     assert all(torch.equal(weight, resumed[name]) for name, weight in whole.items())
 
 
-def test_resuming_needs_the_function_again(new_trainer: Callable, tmp_path: Path) -> None:
-    trainer = new_trainer({"reward": lambda prompts, responses: [0.0] * 8, "out": tmp_path / "run"})
-    trainer.train()
-    with pytest.raises(InputError, match=r"reward function .*<lambda>"):
+class ByLength:
+    def __call__(self, prompts: list[list[dict[str, str]]], responses: list[str]) -> list[float]:
+        return by_length(prompts, responses)
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    [
+        (lambda prompts, responses: by_length(prompts, responses), r"test_trainer:<lambda>'"),
+        (ByLength(), r"test_trainer:<ByLength>'"),
+        (partial(by_length), r"functools:<partial>'"),
+    ],
+    ids=["lambda", "object", "partial"],
+)
+def test_resuming_needs_the_function_again(new_trainer: Callable, tmp_path: Path, function: Any, name: str) -> None:
+    list(new_trainer({"reward": function, "out": tmp_path / "run"}, iterations=1))
+    with pytest.raises(InputError, match=rf"reward function '.*{name}.*PPOTrainer\.resume\(folder, reward=\.\.\."):
         PPOTrainer.resume(tmp_path / "run")
+    assert list(PPOTrainer.resume(tmp_path / "run", reward=function)) == []
 
 
 def test_a_run_that_saved_nothing_cannot_be_resumed(new_trainer: Callable, tmp_path: Path) -> None:
@@ -329,6 +354,26 @@ def test_what_a_configuration_needs(new_trainer: Callable, tmp_path: Path) -> No
         with pytest.raises(InputError, match=expected):
             new_trainer({"out": tmp_path / "run"}, **changes)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"config": "ppo-max"}, r"^config: expected a PPOConfig, .*; found str$"),
+        ({"policy": torch.nn.Linear(1, 1)}, "^policy: expected the path of a Hugging Face folder; found Linear$"),
+        ({"reward": None}, "^reward: expected .*; found NoneType$"),
+    ],
+    ids=["preset-name", "loaded-policy", "no-reward"],
+)
+def test_what_a_trainer_is_made_of(small_config: Callable, given: dict[str, Any], match: str) -> None:
+    plain = {"config": small_config("ppo"), "policy": "sft", "reward": by_length, "prompts": "prompts.jsonl"}
+    with pytest.raises(InputError, match=match):
+        PPOTrainer(**{**plain, **given})
+
+
+def test_nothing_to_evaluate_on(new_trainer: Callable) -> None:
+    with pytest.raises(InputError, match=r"nothing to evaluate on: set PPOConfig\.held_out"):
+        new_trainer().evaluate()
 
 
 @pytest.mark.parametrize("place", ["reward", "judge", "critic"])
