@@ -1,12 +1,13 @@
 """What the Triton kernels become on GPUs that need not be there: compiled ahead of time, their machine code read.
 
-    python bench/compile_report.py [--chips sm_80 sm_90 sm_100] [--only NAME ...] [--json FILE] [--jobs 2]
+    python bench/compile_report.py [--chips sm_80 sm_90 sm_100 ...] [--only NAME ...] [--json FILE] [--jobs 2]
 
 Every operation is called at its reference shapes on tensors without memory, and each kernel that it would launch is
-compiled for each chip as the JIT would there: registers, local memory (spills), shared memory, the width of global
-accesses, matrix instructions. A second table holds the bytes that the operation moves and the FLOPs of torch's matrix
-products in it against the least possible. Bytes: of each launch the tensors that it loads and those that it stores,
-each once; of each torch operation its inputs and results. Nothing here is a measurement of time.
+compiled for each chip as the JIT would there: registers, local memory (spills), shared memory (red where the chip has
+less), the width of global accesses, matrix instructions. A second table holds the bytes that the operation moves and
+the FLOPs of torch's matrix products in it against the least possible. Bytes: of each launch the tensors that it loads
+and those that it stores, each once; of each torch operation its inputs and results. Nothing here is a measurement of
+time.
 """
 
 from __future__ import annotations
@@ -52,6 +53,11 @@ def held_to(launch: Launch) -> list[str]:
     return [*wide, "matrix"] if name in MATMUL or (name in ATTENTION and halves) else wide
 
 
+CHIPS = ["sm_80", "sm_90", "sm_100"]
+# KiB of shared memory that a program can have: CUDA C++ Programming Guide, technical specifications per capability
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+
+
 class Recorded(NamedTuple):
     """An operation on a chip: its launches by the key of the kernel they need, and what torch does between them."""
 
@@ -65,7 +71,7 @@ class Recorded(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--chips", nargs="+", default=list(MULTIPROCESSORS), choices=list(MULTIPROCESSORS))
+    parser.add_argument("--chips", nargs="+", default=CHIPS, choices=list(MULTIPROCESSORS))
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME", help="operations whose name contains these")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="processes that compile")
@@ -145,6 +151,7 @@ def kernel_entry(op: Op, chip: str, launch: Launch, found: Resources) -> dict[st
         "op": op.name,
         "shape": op.shape,
         "chip": chip,
+        "shared_fits": found.shared <= SHARED_KIB[chip] * 1024,
         **launch.options,
         "constants": constants,
         **{field: value for field, value in found._asdict().items() if field != "accesses"},
@@ -182,7 +189,9 @@ def show(report: dict[str, Any]) -> None:
     for k in report["kernels"]:
         kernels.add_row(
             _label(k), k["chip"], f"{k['num_warps']}/{k['num_stages']}", str(k["registers"]),
-            f"[red]{k['local']}[/]" if k["local"] else "0", str(k["shared"]), "bulk" if k["bulk"] else str(k["widest"]),
+            f"[red]{k['local']}[/]" if k["local"] else "0",
+            str(k["shared"]) if k["shared_fits"] else f"[red]{k['shared']}[/]",
+            "bulk" if k["bulk"] else str(k["widest"]),
             f"{k['wide_share']:.1%}", " ".join(k["narrow"]), " ".join(k["matrix"]),
         )  # fmt: skip
     console.print(kernels)

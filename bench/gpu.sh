@@ -100,7 +100,7 @@ step tests 200 "$PYTHON" -m pytest tests/kernels -q -p no:cacheprovider "${optio
 
 chip=$("$PYTHON" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())')
 case $chip in
-sm_80 | sm_90 | sm_100)
+sm_80 | sm_86 | sm_89 | sm_90 | sm_100 | sm_120)
     step compile_report 90 "$PYTHON" bench/compile_report.py --chips "$chip" --jobs 8 --json "$OUT/compile_report.json"
     ;;
 *) note compile_report "not for $chip" 0 ;;

@@ -156,7 +156,8 @@ def _sample_rows(logits: Tensor, options: _Options, u: Tensor) -> tuple[Tensor, 
         tokens, behavior = penalised.argmax(1), torch.zeros_like(u)
     else:
         tokens, behavior = _sample_processed(penalised, options, u)
-    return tokens, _logprobs_at(z, p, tokens), behavior
+    logprobs = _logprobs_at(z, p, tokens)
+    return tokens, logprobs, torch.where(logprobs.isnan(), torch.nan, behavior)
 
 
 def _sample_processed(z: Tensor, options: _Options, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -267,7 +268,9 @@ def sample(
         seeds, positions: [R] int64, the key and the counter of each row's random number.
 
     Returns:
-        Sample(tokens, logprobs, behavior_logprobs), each [R].
+        Sample(tokens, logprobs, behavior_logprobs), each [R]. A row with a NaN or a logit of inf, or with nothing
+        but -inf, gives some token of the vocabulary, which need not be the same on every device, and both its
+        log-probs are NaN.
 
     Raises:
         ValueError: shapes that do not fit.

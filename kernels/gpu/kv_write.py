@@ -29,7 +29,7 @@ def kv_write(
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if (slot >= 0) & (slot < n_slots):
         offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-        head, offs_d = offs_c // DIM, offs_c % DIM
+        head, offs_d = (offs_c // DIM).to(tl.int64), offs_c % DIM
         inside = offs_c < HEADS * DIM
         k = tl.load(k_ptr + token * stride_k_token + head * stride_k_head + offs_d, mask=inside)
         v = tl.load(v_ptr + token * stride_v_token + head * stride_v_head + offs_d, mask=inside)

@@ -2,8 +2,8 @@
 
 `configs.json` holds, per chip and kernel, a list of configurations; each may state the largest shape it is
 for (`"up_to": {"vocab": 4096}`), and the first that fits is taken. A chip without an entry for a kernel
-takes `default`. Nothing is timed or searched for while training runs: `bench/tune.py` does that, and
-writes the file.
+takes `default`, which fits into 99 KiB of shared memory: no chip from sm_80 on has less for a program. Nothing
+is timed or searched for while training runs: `bench/tune.py` does that, and writes the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ import torch
 
 from .. import dispatch
 
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}  # of the chips that launches are recorded for
+# of the chips that launches are recorded for
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 84, "sm_89": 142, "sm_90": 132, "sm_100": 148, "sm_120": 170}
+_NEXT_OF_KIN = {"sm_103": "sm_100", "sm_121": "sm_120"}  # whose entries serve a chip without its own
+_OLDEST = (8, 0)
 _OPTIONS = ("num_warps", "num_stages", "maxnreg")
 
 
@@ -116,7 +119,8 @@ def configuration(name: str, device: torch.device, **shape: int) -> dict[str, in
 @cache
 def _configuration(name: str, chip: str, shape: tuple[tuple[str, int], ...]) -> dict[str, int]:
     tables, sizes = table(), dict(shape)
-    for entry in tables.get(chip, {}).get(name) or tables["default"].get(name, []):
+    own = (tables.get(each, {}).get(name) for each in (chip, _NEXT_OF_KIN.get(chip, chip), "default"))
+    for entry in next(filter(None, own), []):
         limits = entry.get("up_to", {})
         if not limits.keys() <= sizes.keys():
             raise LookupError(f"configurations of {name} go by {', '.join(limits)}; asked for {sizes}")
@@ -135,7 +139,11 @@ def table() -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def chip_of(device: torch.device) -> str:
-    """ "sm_90" and the like; "default" where there is no GPU."""
+    """ "sm_90" and the like; "default" where there is no GPU.
+
+    Raises:
+        RuntimeError: a GPU older than sm_80.
+    """
     if _recording is not None:
         return _recording.chip
     return _capability(device) if device.type == "cuda" else "default"
@@ -143,7 +151,13 @@ def chip_of(device: torch.device) -> str:
 
 @cache
 def _capability(device: torch.device) -> str:
-    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        raise RuntimeError(
+            f"{torch.cuda.get_device_name(device)} is sm_{capability[0]}{capability[1]}: the kernels are for sm_80 "
+            "(Ampere) and later GPUs"
+        )
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 def multiprocessors(device: torch.device) -> int:

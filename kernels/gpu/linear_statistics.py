@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..lm_head import Head
 from .launch import cdiv, configuration, launch
 from .linear_rows import logit, row_results
-from .softmax import LOG2_E, LOWEST, inverse_temperature, row_is_kept
+from .softmax import LOG2_E, at_least_lowest, inverse_temperature, row_is_kept
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def store_part(
     z = tl.where(offs_v[None, :] < vocab, z, float("-inf"))
     m = tl.max(z, 1)
     base = tl.where(m == float("-inf"), 0.0, m)
-    d = tl.maximum((z - base[:, None]) * (inverse_temperature(temperature, temperature_ptr) * LOG2_E), LOWEST)
+    d = at_least_lowest((z - base[:, None]) * (inverse_temperature(temperature, temperature_ptr) * LOG2_E))
     e = tl.exp2(d)
     part = parts_ptr + (first // PART_V).to(tl.int64) * n_rows + offs_n
     stride = n_parts * n_rows.to(tl.int64)

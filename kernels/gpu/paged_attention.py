@@ -118,7 +118,7 @@ def paged_attention(
         offs_q = token + rows // GROUP_PAD
         inside = (offs_q < end - begin) & (member < GROUP)
         row = (begin + offs_q).to(tl.int64)
-        q_place = row * stride_q_token + column * stride_q_head
+        q_place = row * stride_q_token + column.to(tl.int64) * stride_q_head
         whole = inside[:, None] & (offs_d < DIM)[None, :]
         q = tl.load(q_ptr + q_place[:, None] + offs_d[None, :], mask=whole, other=0.0)
         position = before + offs_q

@@ -226,7 +226,8 @@ def sample_draw(
     logprob = (x - raw_top) - tl.log(raw_total.to(tl.float32))
     tl.store(logprobs_ptr + index, logprob)
     if TEMPERED or TOP_K or TOP_P or bits_ptr is not None:
-        logprob = (z - scale[0]) * inverse - tl.log(total.to(tl.float32))
+        broken = logprob != logprob  # by a logit that may lie where no token was kept
+        logprob = tl.where(broken, logprob, (z - scale[0]) * inverse - tl.log(total.to(tl.float32)))
     tl.store(behavior_ptr + index, logprob)
 
 

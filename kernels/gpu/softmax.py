@@ -5,7 +5,8 @@ For logits z = x / T, with m the largest x so far, d = (x - m) log2(e) / T, s = 
     log-prob of y = (x_y - m) / T - log s          entropy = log s - log(2) u / s
 
 Differences come before scaling, so logits far from 0 lose nothing. m starts at -inf, and a tile of nothing
-but -inf leaves s and u as they are.
+but -inf leaves s and u as they are. m passes over a NaN, as maxima on a GPU do; s and u do not, and so neither do
+the results of its row.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ LOG_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def at_least_lowest(d):
+    """LOWEST where d is below it, as of a logit of -inf; NaN stays NaN, which tl.maximum would drop."""
+    return tl.maximum(d, LOWEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def add_tile(x, scale, m, s, u):
     """(m, s, u) after the tile x, -inf where there is no logit; m a scalar, s and u per lane; scale = log2(e) / T."""
     m_new = tl.maximum(m, tl.max(x, 0))
@@ -29,7 +36,7 @@ def add_tile(x, scale, m, s, u):
         fade = tl.exp2(shift)
         u = fade * (u + shift * s)
         s = fade * s
-    d = tl.maximum((x - base) * scale, LOWEST)
+    d = at_least_lowest((x - base) * scale)
     e = tl.exp2(d)
     return m_new, s + e, u + d * e
 

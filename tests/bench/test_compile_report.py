@@ -13,6 +13,7 @@ from ppomax.kernels.gpu import launch
 
 BENCH = Path(__file__).parents[2] / "bench"
 CHIPS = ("sm_80", "sm_90", "sm_100")
+SMALL_CHIPS = ("sm_86", "sm_89", "sm_120")  # with 99 KiB of shared memory for a program
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not installed")
 
 
@@ -23,8 +24,8 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     return subprocess.run([sys.executable, *arguments], env=kept, capture_output=True, text=True, check=False)
 
 
-def made_report(folder: Path, **environment: str) -> dict[str, Any]:
-    done = python(str(BENCH / "compile_report.py"), "--json", str(folder / "report.json"), **environment)
+def made_report(folder: Path, *options: str, **environment: str) -> dict[str, Any]:
+    done = python(str(BENCH / "compile_report.py"), "--json", str(folder / "report.json"), *options, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
     report: dict[str, Any] = json.loads((folder / "report.json").read_text())
     assert report["failed"] == {}
@@ -49,12 +50,20 @@ def narrow(report: dict[str, Any]) -> list[str]:
     return [f"{label(k)}: {k['wide_share']:.0%}" for k in held if k["wide_share"] < 0.9]
 
 
+def too_large(report: dict[str, Any]) -> list[str]:
+    return [f"{label(k)}: {k['shared']} bytes of shared memory" for k in report["kernels"] if not k["shared_fits"]]
+
+
 def without_matrix_units(report: dict[str, Any]) -> list[str]:
     return [label(k) for k in report["kernels"] if "matrix" in k["held_to"] and not k["matrix"]]
 
 
 def test_nothing_spills(report: dict[str, Any]) -> None:
     assert spilling(report) == []
+
+
+def test_shared_memory_is_there(report: dict[str, Any]) -> None:
+    assert too_large(report) == []
 
 
 def test_streaming_kernels_move_16_bytes_at_once(report: dict[str, Any]) -> None:
@@ -128,6 +137,75 @@ def test_the_report_sees_spills_and_narrow_accesses() -> None:
     assert [len(narrow({"kernels": [found[name]]})) for name in ("good", "odd", "crowded")] == [0, 1, 0]
 
 
+STRIDES = """
+import json, re, triton
+from compile_report import record
+from compiled import specialised
+from ops_decode import paged_attention, write_kv
+from suites import BF16
+
+found = {}
+for op in (paged_attention(64, 4096, 1, BF16, "meta")[0], write_kv(8192, BF16, "meta")[0]):
+    for _, launch in record(op, "ppomax", "sm_90").launches:
+        it = specialised(launch, "sm_90")
+        ttir = triton.compile(it.source, target=it.target, options=it.options).asm["ttir"]
+        uses = re.findall(r"^ *%\\w+ = (.* %stride_.*?) loc", ttir, re.M)
+        narrow = [use for use in uses if not re.search("arith.extsi .* : i32 to i64", use)]
+        found[launch.kernel.__name__] = narrow, len(uses)
+print(json.dumps(found))
+"""
+
+
+def test_strides_are_multiplied_in_64_bits() -> None:
+    """Those below 2^31 are passed as int32, and an index times such a stride may be beyond."""
+    done = python("-c", STRIDES)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(done.stdout) == {"paged_attention": [[], 3], "kv_write": [[], 4]}
+
+
+ATTENTION = """
+import json, sys
+import torch
+from compile_report import compile_all, kernel_entry, record
+from ops_decode import paged_attention
+from suites import BF16, FP32
+
+WORST = [(8, 4096, 512, BF16, "meta", 256), (64, 4096, 1, FP32, "meta", 256)]
+EVERY = [(8, 4096, new, dtype, "meta", width) for new in (1, 16, 512) for dtype in (BF16, torch.float16, FP32)
+         for width in (64, 96, 128, 192, 256)]
+chips, cases = sys.argv[2:], {"worst": WORST, "every": EVERY}[sys.argv[1]]
+units = {}
+for chip in chips:
+    for *sizes, width in cases:
+        (op,) = paged_attention(*sizes, width=width)
+        units |= {key: (op, launch, chip) for key, launch in record(op, "ppomax", chip).launches}
+found = compile_all([(launch, chip) for _, launch, chip in units.values()], 2)
+entries = [kernel_entry(op, chip, launch, it) for (op, launch, chip), it in zip(units.values(), found, strict=True)]
+print(json.dumps({"kernels": entries}))
+"""
+
+
+def compiled_attention(*arguments: str) -> dict[str, Any]:
+    done = python("-c", ATTENTION, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert len(report["kernels"]) >= len(arguments)
+    return report
+
+
+def test_attention_fits_chips_with_little_shared_memory() -> None:
+    """Of heads of 256, whose tiles are the largest."""
+    report = compiled_attention("worst", "sm_89", "sm_120")
+    assert [spilling(report), too_large(report), without_matrix_units(report)] == [[], [], []]
+
+
+@pytest.mark.slow
+def test_every_kernel_fits_chips_with_little_shared_memory(tmp_path: Path) -> None:
+    for report in (made_report(tmp_path, "--chips", *SMALL_CHIPS), compiled_attention("every", *SMALL_CHIPS)):
+        assert {k["chip"] for k in report["kernels"]} == set(SMALL_CHIPS)
+        assert [spilling(report), narrow(report), too_large(report), without_matrix_units(report)] == [[]] * 4
+
+
 SUMS = """
 import json, re, triton
 from compile_report import record
@@ -162,6 +240,7 @@ def test_both_row_kernels_sum_in_one_order() -> None:
     (layouts, code), trained = found["linear_rows"], found["linear_policy_rows"]
     assert (len(layouts), len(code) > 50) == (3, True)
     assert [layouts, code] == trained
+    assert any(each.startswith("max.NaN") for each in code)  # no maximum drops the NaN of a broken model
 
 
 @pytest.mark.slow

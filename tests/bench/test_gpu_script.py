@@ -90,10 +90,10 @@ def test_without_what_the_suite_needs(tmp_path: Path, lacking: str) -> None:
 
 
 def test_without_hypothesis_and_on_a_chip_without_a_report(tmp_path: Path) -> None:
-    run(tmp_path / "out", stub(tmp_path, chip="sm_89", hypothesis=1))
+    run(tmp_path / "out", stub(tmp_path, chip="sm_103", hypothesis=1))
     found, log = verdicts(tmp_path / "out"), (tmp_path / "out" / "gpu.log").read_text()
     assert found["tests that need hypothesis"] == "skipped"
-    assert found["compile_report"] == "not for sm_89"
+    assert found["compile_report"] == "not for sm_103"
     tests = next(line for line in log.splitlines() if line.startswith("called -m pytest tests/kernels"))
     users = {path for path in (ROOT / "tests" / "kernels").rglob("test_*.py") if "from hypothesis" in path.read_text()}
     assert users

@@ -19,6 +19,7 @@ TABLE = {
         "small": [{"up_to": {"vocab": 10}, "BLOCK_V": 16}],
     },
     "sm_90": {"rows": [{"BLOCK_V": 512}]},
+    "sm_100": {"small": [{"BLOCK_V": 32}]},
 }  # fmt: skip
 
 
@@ -57,6 +58,45 @@ def test_entry_of_the_chip_else_default() -> None:
     assert launches.configurations == [("rows", {"BLOCK_V": 512})]
     with recording("sm_100"):
         assert configuration("rows", CPU, vocab=5000, rows=1) == {"BLOCK_V": 256, "num_warps": 8}
+
+
+@pytest.fixture
+def gpu_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], torch.device]]:
+    """gpu_of(8, 9): a device that says it is a GPU of capability 8.9."""
+
+    def made(*capability: int) -> torch.device:
+        module._capability.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+        return torch.device("cuda", 0)
+
+    yield made
+    module._capability.cache_clear()
+
+
+@pytest.mark.usefixtures("_table")
+@pytest.mark.parametrize(
+    ("capability", "rows", "small"),
+    [((9, 0), 512, 16), ((8, 6), 16, 16), ((10, 0), 16, 32), ((10, 3), 16, 32), ((12, 1), 16, 16), ((13, 0), 16, 16)],
+)
+def test_a_chip_s_own_then_its_kin_s_then_the_default(
+    capability: tuple[int, int], rows: int, small: int, gpu_of: Callable[[int, int], torch.device]
+) -> None:
+    device = gpu_of(*capability)
+    assert configuration("rows", device, vocab=1, rows=1)["BLOCK_V"] == rows
+    assert configuration("small", device, vocab=1)["BLOCK_V"] == small
+
+
+def test_older_gpus_are_refused(gpu_of: Callable[[int, int], torch.device]) -> None:
+    with pytest.raises(RuntimeError, match=r"a card is sm_75: the kernels are for sm_80 \(Ampere\) and later GPUs"):
+        configuration("rows", gpu_of(7, 5), vocab=1, rows=1)
+
+
+@pytest.mark.parametrize("capability", [(8, 6), (8, 9), (12, 0), (12, 1)])
+def test_no_copy_engine_where_there_is_none(
+    capability: tuple[int, int], gpu_of: Callable[[int, int], torch.device]
+) -> None:
+    assert configuration("linear_statistics", gpu_of(*capability))["TMA"] == 0
 
 
 @pytest.mark.usefixtures("_table")

@@ -169,6 +169,22 @@ def test_masked_and_ignored_rows_may_hold_anything(path: str, head_inputs: Any) 
         assert torch.equal(dirty[0][kept], linear_logprobs(hidden[kept], weight, labels[kept]).logprobs)
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("softcap", [None, 5.0], ids=["", "softcap"])
+@pytest.mark.parametrize("column", [3, 50, 199], ids=["first tile", "a tile of -inf", "last tile"])
+def test_one_nan_logit_breaks_its_row(column: int, softcap: float | None, head_inputs: Any) -> None:
+    """Maxima on a GPU pass over a NaN: a broken model must not get finite log-probs."""
+    hidden, weight, bias, labels = (x.detach() for x in head_inputs(40, 8, 200))
+    labels, mask = labels % 3, torch.arange(40) % 3 != 0
+    bias[48:128] = -torch.inf if softcap is None else 0.0
+    before = linear_logprobs(hidden, weight, labels, bias=bias, softcap=softcap, mask=mask)
+    assert all(bool(x.isfinite().all()) for x in before)
+    bias[column] = torch.nan
+    for x in linear_logprobs(hidden, weight, labels, bias=bias, softcap=softcap, mask=mask):
+        assert torch.equal(x.isnan(), mask)
+
+
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("n", [0, 5])
 def test_no_rows_and_all_masked(n: int, head_inputs: Any) -> None:

@@ -95,6 +95,16 @@ def test_tiles_of_minus_infinity_and_logits_far_from_zero(head_inputs: Any) -> N
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-4)  # an ulp of 1000 is 6e-5
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+def test_one_nan_logit_breaks_its_row(head_inputs: Any) -> None:
+    hidden, weight, bias, labels = (x.detach() for x in head_inputs(20, 16, 200, torch.float16))
+    bias[32:128] = -torch.inf
+    bias[50] = torch.nan
+    mask = torch.arange(20) % 3 != 0
+    for x in linear_logprobs(hidden, weight, labels % 30, bias=bias, mask=mask):
+        assert torch.equal(x.isnan(), mask)
+
+
 def test_labels_outside_the_vocabulary(head_inputs: Any) -> None:
     hidden, weight, _, labels = (x.detach() for x in head_inputs(5, 8, 70, torch.float16))
     labels[1], labels[2], labels[3] = 70, -1, 10**12

@@ -106,6 +106,26 @@ def test_columns_of_minus_infinity() -> None:
     assert float(ours[2][:, banned].abs().max()) == 0.0
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf], ids=str)
+@pytest.mark.parametrize("rows", [4, 12], ids=["rows split over programs", "a program a row"])
+def test_one_broken_logit_breaks_its_row_alone(rows: int, broken: float) -> None:
+    """Maxima on a GPU pass over a NaN: a broken model must not get finite log-probs."""
+    logits, labels = torch.randn(rows, 4500), torch.randint(0, 9, (rows,))
+    logits[:, 2048:4096] = -torch.inf  # a whole tile of them
+    mask = torch.arange(rows) != 3
+    clean = with_gradient(logprobs_from_logits, logits.requires_grad_(), labels, mask.float(), mask.float(), mask=mask)
+    dirty_logits = logits.detach().clone()
+    dirty_logits[0, 10] = dirty_logits[1, 2050] = dirty_logits[2, 4499] = dirty_logits[3, 10] = broken
+    dirty = with_gradient(
+        logprobs_from_logits, dirty_logits.requires_grad_(), labels, mask.float(), mask.float(), mask=mask
+    )
+    for a, b in zip(clean, dirty, strict=True):
+        assert bool(b[:3].isnan().all())
+        assert torch.equal(a[3:], b[3:])
+        assert bool(b[3:].isfinite().all())
+
+
 def test_gradient_in_place() -> None:
     logits, labels = torch.randn(7, 50), torch.randint(0, 50, (7,))
     expected = with_gradient(
