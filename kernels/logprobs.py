@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dispatch import dense, temperature_pair, uses_triton
+from .dispatch import dense, temperature_pair, traced, uses_triton
 from .linear_logprobs import LogProbs
 from .lm_head import LOWEST, kept_rows
 from .matmul import full_precision
 from .reductions import check_mask, host_sees, loss_dtype
 
 CHUNK_ELEMENTS = 1 << 20
+CACHED_ELEMENTS = 1 << 18  # what a CPU's thread keeps in its cache between passes
 
 
 def logprobs_from_logits_ref(
@@ -40,29 +41,32 @@ def logprobs_from_logits_ref(
 
 def _chunks(logits: Tensor) -> Iterator[slice]:
     n_rows, vocab = logits.shape
-    elements = CHUNK_ELEMENTS if host_sees(logits) else CHUNK_ELEMENTS << 8
+    cached = CACHED_ELEMENTS * torch.get_num_threads()
+    elements = min(CHUNK_ELEMENTS, cached) if host_sees(logits) else CHUNK_ELEMENTS << 8
     step = max(1, elements // max(vocab, 1))
     for start in range(0, n_rows, step):
         yield slice(start, min(start + step, n_rows))
 
 
 def _scaled(logits: Tensor, rows: slice, kept: Tensor | None, temperature: float | Tensor) -> Tensor:
-    """A copy of the chunk's logits / T in fp32 or fp64, 0 in rows that do not count."""
+    """The chunk's logits / T in fp32 or fp64, 0 in rows that do not count; perhaps the logits themselves."""
     z = logits[rows].to(loss_dtype(logits))
-    z = z.clone() if kept is None else torch.where(kept[rows, None], z, 0.0)
-    return z if not isinstance(temperature, Tensor) and temperature == 1.0 else z.div_(temperature)
+    z = z if kept is None else torch.where(kept[rows, None], z, 0.0)
+    return z if not isinstance(temperature, Tensor) and temperature == 1.0 else z / temperature
 
 
 def _safe_labels(labels: Tensor, kept: Tensor | None, vocab: int) -> Tensor:
     """Labels that can be gathered: 0 where a row does not count or, on a GPU, the label is outside the vocabulary."""
-    inside = (labels >= 0) & (labels < vocab)
-    return torch.where(inside if kept is None else inside & kept, labels, 0).long()
+    if not host_sees(labels):  # elsewhere those that count have been looked at
+        inside = (labels >= 0) & (labels < vocab)
+        kept = inside if kept is None else inside & kept
+    return labels.long() if kept is None else torch.where(kept, labels, 0).long()
 
 
-def _softmax(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(p, z - max z, log sum exp(z - max z) [r, 1]); overwrites z."""
-    p = torch.softmax(z, 1)
-    d = z.sub_(z.amax(1, keepdim=True))
+def _softmax(z: Tensor, out: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(p, z - max z, log sum exp(z - max z) [r, 1]); p in `out` where that is given."""
+    p = torch.softmax(z, 1, out=out)
+    d = z - z.amax(1, keepdim=True)
     return p, d, -p.amax(1, keepdim=True).log()  # the largest p is 1 / sum
 
 
@@ -73,12 +77,12 @@ def _forward_torch(
     """(logprobs, entropy), each [N]."""
     n_rows, vocab = logits.shape
     logprobs, entropy = (logits.new_zeros(n_rows, dtype=loss_dtype(logits)) for _ in range(2))
+    safe = _safe_labels(labels, kept, vocab)[:, None]
     for rows in _chunks(logits):
         p, d, log_sum = _softmax(_scaled(logits, rows, kept, temperature))
-        safe = _safe_labels(labels[rows], None if kept is None else kept[rows], vocab)
-        logprobs[rows] = (d.gather(1, safe[:, None]) - log_sum).squeeze(1)
+        logprobs[rows] = (d.gather(1, safe[rows]) - log_sum).squeeze(1)
         # -inf * 0 is 0 here
-        entropy[rows] = log_sum.squeeze(1) - torch.linalg.vecdot(d.clamp_(min=LOWEST), p)
+        entropy[rows] = log_sum.squeeze(1) - d.clamp_(min=LOWEST).mul_(p).sum(1)
     if not host_sees(labels):
         logprobs.masked_fill_((labels < 0) | (labels >= vocab), torch.nan)
     if kept is None:
@@ -98,21 +102,24 @@ def _backward_torch(
     out: Tensor,
 ) -> None:
     """dL/dlogits into `out`, which may be the logits themselves."""
-    vocab = logits.shape[1]
+    safe = _safe_labels(labels, kept, logits.shape[1])[:, None]
+    in_place = out.dtype == loss_dtype(logits) and out is not logits
     for rows in _chunks(logits):
         z, c_rows = _scaled(logits, rows, kept, temperature), c[rows, None]
+        g = out[rows] if in_place else None
         if h is None:
-            g = torch.softmax(z, 1).mul_(-c_rows)
+            g = torch.softmax(z, 1, out=g).mul_(-c_rows)
         else:
-            p, d, log_sum = _softmax(z)
+            g, d, log_sum = _softmax(z, g)
             logp = d.clamp_(min=LOWEST).sub_(log_sum)
-            g = p.mul_(logp.add_(entropy[rows, None]).mul_(h[rows, None]).add_(c_rows)).neg_()
-        safe = _safe_labels(labels[rows], None if kept is None else kept[rows], vocab)
-        g.scatter_add_(1, safe[:, None], c_rows)
-        out[rows] = g if not isinstance(temperature, Tensor) and temperature == 1.0 else g.div_(temperature)
+            g.mul_(logp.add_(entropy[rows, None]).mul_(h[rows, None]).add_(c_rows)).neg_()
+        g.scatter_add_(1, safe[rows], c_rows)
+        if isinstance(temperature, Tensor) or temperature != 1.0:
+            g.div_(temperature)
+        if not in_place:
+            out[rows] = g
 
 
-@torch.library.custom_op("ppomax::logprobs_forward", mutates_args=())
 def _forward(
     logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, temperature_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,7 +133,10 @@ def _forward(
     return *_forward_torch(logits, labels, kept, t), logits.new_empty(0)
 
 
-@_forward.register_fake
+_forward_op = torch.library.custom_op("ppomax::logprobs_forward", mutates_args=())(_forward)
+
+
+@_forward_op.register_fake
 def _(
     logits: Tensor, labels: Tensor, mask: Tensor | None, temperature: float, temperature_tensor: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,7 +172,6 @@ def _gradient(
     )
 
 
-@torch.library.custom_op("ppomax::logprobs_backward", mutates_args=())
 def _backward(
     logits: Tensor,
     labels: Tensor,
@@ -180,7 +189,10 @@ def _backward(
     return out
 
 
-@_backward.register_fake
+_backward_op = torch.library.custom_op("ppomax::logprobs_backward", mutates_args=())(_backward)
+
+
+@_backward_op.register_fake
 def _(logits: Tensor, *others: Tensor | float | None) -> Tensor:
     return torch.empty_like(logits)
 
@@ -212,7 +224,8 @@ class _LogProbsFromLogits(torch.autograd.Function):
         temperature_tensor: Tensor | None,
         inplace_backward: bool,
     ) -> tuple[Tensor, Tensor]:
-        logprobs, entropy, saved = _forward(logits, labels, mask, temperature, temperature_tensor)
+        run = _forward_op if traced(logits, labels, mask, temperature_tensor) else _forward
+        logprobs, entropy, saved = run(logits, labels, mask, temperature, temperature_tensor)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, labels, mask, temperature_tensor, entropy, saved)
         ctx.temperature, ctx.inplace_backward = temperature, inplace_backward
@@ -226,7 +239,8 @@ class _LogProbsFromLogits(torch.autograd.Function):
         logits, labels, mask, temperature_tensor, entropy, saved = ctx.saved_tensors
         rows = (labels, mask, ctx.temperature, temperature_tensor, entropy, saved, dense(c), dense(h))
         if not ctx.inplace_backward:
-            return _backward(logits, *rows), None, None, None, None, None
+            run = _backward_op if traced(logits, labels, mask, temperature_tensor, c, h) else _backward
+            return run(logits, *rows), None, None, None, None, None
         logits = logits.detach()
         _backward_in_place(logits, *rows)
         return logits, None, None, None, None, None

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .dispatch import uses_triton
-from .reductions import check_mask, keep, loss_dtype
+from .reductions import check_mask, keep, keep_constant, loss_dtype, ones_of
 
 
 class Moments(NamedTuple):
@@ -134,11 +134,11 @@ def _moments_triton(x: Tensor, mask: Tensor | None, of: Segments) -> Moments:
 
 def _moments_torch(x: Tensor, mask: Tensor | None, of: Segments) -> Moments:
     dtype = loss_dtype(x)
-    x = keep(x, mask, dtype)
-    ones = torch.ones_like(x) if mask is None else mask.to(dtype)
-    count, total = (_segment_sums(t, of) for t in (ones, x))
-    mean = total / count.clamp(min=1)
-    centred = keep(x - per_element(mean, of, x.shape), mask, dtype)
+    kept = keep if x.requires_grad else keep_constant
+    x = kept(x, mask, dtype)
+    count = _segment_sums(torch.ones_like(x) if mask is None else ones_of(mask, dtype), of)
+    mean = _segment_sums(x, of) / count.clamp(min=1)
+    centred = kept(x - per_element(mean, of, x.shape), mask, dtype)
     return Moments(count, mean, _segment_sums(centred.square(), of))
 
 

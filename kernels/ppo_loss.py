@@ -28,7 +28,16 @@ from .ppo_terms import (
     policy_terms,
     value_terms,
 )
-from .reductions import Reduction, Weighting, check_mask, check_reduction, keep, loss_dtype, token_weights
+from .reductions import (
+    Reduction,
+    Weighting,
+    check_mask,
+    check_reduction,
+    keep,
+    keep_constant,
+    loss_dtype,
+    token_weights,
+)
 
 
 class PolicyLoss(NamedTuple):
@@ -89,11 +98,15 @@ def ppo_loss_ref(
     return ppo_loss(*policy, *critic, mask, **options)
 
 
-def _policy_loss(
-    tensors: PolicyTensors, mask: Tensor | None, options: PolicyOptions, weighting: Weighting
-) -> PolicyLoss:
+def _weights(tensors: PolicyTensors | ValueTensors, mask: Tensor | None, weighting: Weighting) -> Tensor:
+    """Weights of the terms in the dtype of their arithmetic."""
+    like = tensors[2]
+    return token_weights(mask, like.to(loss_dtype(*tensors[:3])), **weighting._asdict())
+
+
+def _policy_loss(tensors: PolicyTensors, mask: Tensor | None, options: PolicyOptions, weights: Tensor) -> PolicyLoss:
     """The policy loss in torch."""
-    dtype = loss_dtype(tensors.logprobs, tensors.old_logprobs, tensors.advantages)
+    dtype = weights.dtype
     inputs = policy_inputs(
         tensors.old_logprobs,
         tensors.advantages,
@@ -105,19 +118,17 @@ def _policy_loss(
     )
     logprobs = keep(tensors.logprobs, mask, dtype)
     entropy = None if tensors.entropy is None else keep(tensors.entropy, mask, dtype)
-    weights = token_weights(mask, inputs.advantages, **weighting._asdict())
     terms, ratio = policy_terms(logprobs, entropy, inputs, options)
     with torch.no_grad():
         stats = policy_statistics(logprobs, entropy, ratio, mask, inputs, options)
     return PolicyLoss((terms * weights).sum(), stats)
 
 
-def _value_loss(tensors: ValueTensors, mask: Tensor | None, options: ValueOptions, weighting: Weighting) -> ValueLoss:
+def _value_loss(tensors: ValueTensors, mask: Tensor | None, options: ValueOptions, weights: Tensor) -> ValueLoss:
     """The value loss in torch."""
-    dtype = loss_dtype(*tensors)
+    dtype = weights.dtype
     values = keep(tensors.values, mask, dtype)
-    old_values, returns = (keep(x.detach(), mask, dtype) for x in (tensors.old_values, tensors.returns))
-    weights = token_weights(mask, returns, **weighting._asdict())
+    old_values, returns = (keep_constant(x, mask, dtype) for x in (tensors.old_values, tensors.returns))
     terms, clipped = value_terms(values, old_values, returns, options.clip_eps, options.coef)
     with torch.no_grad():
         stats = value_statistics(values, returns, clipped, mask)
@@ -176,7 +187,7 @@ def policy_loss(
     mask = _check_policy(tensors, mask, options, reduction)
     weighting = Weighting(reduction, normalizer, cu_seqlens)
     if not uses_triton(*tensors[:6]):
-        return _policy_loss(tensors, mask, options, weighting)
+        return _policy_loss(tensors, mask, options, _weights(tensors, mask, weighting))
     fused = fused_ppo_loss(tensors, None, mask, options, ValueOptions(), weighting)
     return PolicyLoss(fused.loss, fused.policy_stats)
 
@@ -221,7 +232,7 @@ def value_loss(
     mask = _check_value(tensors, mask, reduction)
     weighting = Weighting(reduction, normalizer, cu_seqlens)
     if not uses_triton(*tensors):
-        return _value_loss(tensors, mask, options, weighting)
+        return _value_loss(tensors, mask, options, _weights(tensors, mask, weighting))
     fused = fused_ppo_loss(None, tensors, mask, PolicyOptions(), options, weighting)
     return ValueLoss(fused.loss, fused.value_stats)
 
@@ -276,7 +287,10 @@ def ppo_loss(
     mask = _check_policy(policy, mask, options, reduction)
     weighting = Weighting(reduction, normalizer, cu_seqlens)
     if not uses_triton(*policy[:6], *value):
-        p, v = _policy_loss(policy, mask, options, weighting), _value_loss(value, mask, value_options, weighting)
+        weights = _weights(policy, mask, weighting)
+        p = _policy_loss(policy, mask, options, weights)
+        same = loss_dtype(*value) == weights.dtype
+        v = _value_loss(value, mask, value_options, weights if same else _weights(value, mask, weighting))
         return PPOLoss(p.loss + v.loss, p.loss, v.loss, p.stats, v.stats)
     fused = fused_ppo_loss(policy, value, mask, options, value_options, weighting)
     return PPOLoss(fused.loss, fused.policy_loss, fused.value_loss, fused.policy_stats, fused.value_stats)

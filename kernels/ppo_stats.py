@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .ppo_terms import PolicyInputs, PolicyOptions
-from .reductions import average, keep
+from .reductions import averages, keep_constant
 
 
 class PolicyStats(NamedTuple):
@@ -62,20 +63,26 @@ def policy_statistics(
     """See `PolicyStats`. `entropy` is 0 at masked positions, as the inputs are."""
     count = _count(mask, ratio)
     advantages = inputs.advantages
-    low = (advantages < 0) & (ratio < options.lower)
-    high = (advantages > 0) & (ratio > options.upper)
-    dual = (advantages < 0) & (ratio > options.dual)
+    negative = advantages < 0
+    low = torch.count_nonzero(negative & (ratio < options.lower))
+    clipped = low + torch.count_nonzero((advantages > 0) & (ratio > options.upper))
+    dual = torch.zeros_like(low) if math.isinf(options.dual) else torch.count_nonzero(negative & (ratio > options.dual))
+    active = torch.count_nonzero(advantages) - clipped - dual
     log_ratio = logprobs - inputs.old_logprobs
-    kept_ratio = ratio if mask is None else torch.where(mask, ratio, 0.0)
+    kl = torch.expm1(log_ratio).sub_(log_ratio)
+    kept_ratio = keep_constant(ratio, mask, ratio.dtype)
+    given = () if entropy is None else (entropy,)
+    means = averages(count, clipped, low, dual, active, kl, kept_ratio, *given)
+    clipfrac, clipfrac_low, clipfrac_dual, active_fraction, approx_kl, ratio_mean, *entropy_mean = means
     return PolicyStats(
-        clipfrac=average(low | high, count),
-        clipfrac_low=average(low, count),
-        clipfrac_dual=average(dual, count),
-        approx_kl=average(torch.expm1(log_ratio) - log_ratio, count),
-        ratio_mean=average(kept_ratio, count),
+        clipfrac,
+        clipfrac_low,
+        clipfrac_dual,
+        approx_kl,
+        ratio_mean,
         ratio_max=kept_ratio.amax().float() if ratio.numel() else count.new_zeros(()),
-        entropy=count.new_full((), torch.nan) if entropy is None else average(entropy, count),
-        active_fraction=average((advantages != 0) & ~(low | high | dual), count),
+        entropy=entropy_mean[0] if entropy_mean else count.new_full((), torch.nan),
+        active_fraction=active_fraction,
         count=count,
     )
 
@@ -84,18 +91,18 @@ def value_statistics(values: Tensor, returns: Tensor, clipped: Tensor, mask: Ten
     """See `ValueStats`. Tensors are 0 at masked positions."""
     count = _count(mask, values)
     error = returns - values
-    value_mean, return_mean, error_mean = (average(x, count) for x in (values, returns, error))
-    return_var = average(keep(returns - return_mean, mask, returns.dtype).square(), count)
-    error_var = average(keep(error - error_mean, mask, error.dtype).square(), count)
+    n_clipped = torch.count_nonzero(clipped)
+    value_mean, return_mean, error_mean, clipfrac = averages(count, values, returns, error, n_clipped)
+    deviations = (keep_constant(x - mean, mask, x.dtype) for x, mean in ((returns, return_mean), (error, error_mean)))
+    return_var, error_var = averages(count, *(x.square_() for x in deviations))
     explained = _explained_variance(return_var, error_var)
-    clipfrac = average(clipped, count)
     return ValueStats(clipfrac, explained, value_mean, return_mean, return_var, error_mean, error_var, count)
 
 
 def _count(mask: Tensor | None, like: Tensor) -> Tensor:
     if mask is None:
         return torch.full((), float(like.numel()), device=like.device)
-    return mask.sum(dtype=torch.float32)
+    return torch.count_nonzero(mask).float()
 
 
 def _explained_variance(return_var: Tensor, error_var: Tensor) -> Tensor:

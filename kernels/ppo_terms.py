@@ -21,13 +21,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .kl import KLKind, check_kind, kl_terms
-from .reductions import keep
+from .reductions import keep_constant, ones_of
 
 
 @dataclass(frozen=True)
@@ -164,10 +165,10 @@ def policy_inputs(
         advantages = (advantages.to(dtype) - mean.to(dtype)) * rstd.to(dtype)
     check_shapes(advantages, old_logprobs, importance_weights, ref_logprobs)
     return PolicyInputs(
-        keep(old_logprobs.detach(), mask, dtype),
-        keep(advantages.detach(), mask, dtype),
-        None if importance_weights is None else keep(importance_weights.detach(), mask, dtype),
-        None if ref_logprobs is None else keep(ref_logprobs.detach(), mask, dtype),
+        keep_constant(old_logprobs, mask, dtype),
+        keep_constant(advantages, mask, dtype),
+        None if importance_weights is None else keep_constant(importance_weights, mask, dtype),
+        None if ref_logprobs is None else keep_constant(ref_logprobs, mask, dtype),
     )
 
 
@@ -202,18 +203,34 @@ def policy_terms(
     return terms, ratio
 
 
+class _WithSlope(torch.autograd.Function):
+    """`value`, whose derivative by x is `slope`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+        return upstream * ctx.saved_tensors[0], None, None
+
+
 def _clipped_ratio(log_ratio: Tensor, ratio: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     """`exp(log_ratio)` held in [lower, upper]; where it is, the gradient is 0 even if the ratio overflows."""
-    outside = (ratio < lower) | (ratio > upper)
-    return torch.where(outside, ratio.clamp(lower, upper), torch.exp(log_ratio.masked_fill(outside, 0.0)))
+    clipped = ratio.clamp(lower, upper)
+    if not log_ratio.requires_grad:
+        return clipped
+    return _WithSlope.apply(log_ratio, clipped, clipped * ones_of(ratio == clipped, ratio.dtype))  # NaN stays NaN
 
 
 def clip_bounds(advantages: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor]:
     """(lower, upper) of the ratio for each token, by the sign of its advantage."""
-    negative = advantages < 0
-    lower = torch.where(negative, options.lower, advantages.new_zeros(()))
-    upper = torch.where(negative, options.dual, advantages.new_full((), options.upper))
-    return lower, upper
+    negative = ones_of(advantages < 0, advantages.dtype)
+    if math.isinf(options.dual):  # times 0 it is no number
+        return negative * options.lower, options.upper / (1.0 - negative)
+    return negative * options.lower, negative * options.dual + (1.0 - negative) * options.upper
 
 
 def bounded_entropy(entropy: Tensor, bound: float | None) -> Tensor:
@@ -228,6 +245,12 @@ def value_terms(
     error = (values - returns).square()
     if clip_eps is None:
         return coef * error, torch.zeros_like(error, dtype=torch.bool)
-    clipped = values.clamp(old_values - clip_eps, old_values + clip_eps)
+    v, e = values.detach(), error.detach()
+    clipped = v.clamp(old_values - clip_eps, old_values + clip_eps)
     clipped_error = (clipped - returns).square()
-    return coef * torch.maximum(error, clipped_error), clipped_error > error
+    larger = torch.maximum(e, clipped_error)
+    if error.requires_grad:
+        # beyond the range the clipped error has no gradient, and half counts where they tie
+        share = torch.sign(e - clipped_error).add_(1.0).add_(v == clipped).mul_(0.5)
+        larger = larger + share * (error - e)
+    return coef * larger, clipped_error > e

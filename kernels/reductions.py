@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 Reduction = Literal["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"]
+_REDUCTIONS = get_args(Reduction)
 
 
 def loss_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -37,6 +38,21 @@ def keep(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype` with 0 at masked positions, whatever garbage (NaN, inf) is stored there."""
     x = x if x.dtype == dtype else x.to(dtype)
     return x if mask is None else torch.where(mask, x, 0.0)
+
+
+def keep_constant(x: Tensor, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`keep` of a tensor that takes no gradient."""
+    x = x.detach()
+    x = x if x.dtype == dtype else x.to(dtype)
+    if mask is None or not host_sees(x):
+        return keep(x, mask, dtype)
+    # a CPU's `where` takes a branch an element, many of them wrong; integers 0 and 1 let all bits through or none
+    return (x.view(torch.int64 if dtype == torch.float64 else torch.int32) * mask).view(dtype)
+
+
+def ones_of(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 where the mask is True, else 0; torch converts bytes several times as fast as bools."""
+    return mask.view(torch.uint8).to(dtype)
 
 
 def check_mask(mask: Tensor | None, shape: torch.Size) -> Tensor | None:
@@ -77,8 +93,8 @@ class Weighting(NamedTuple):
 
 
 def check_reduction(reduction: str) -> None:
-    if reduction not in get_args(Reduction):
-        raise ValueError(f"unknown reduction {reduction!r}, expected one of {', '.join(get_args(Reduction))}")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"unknown reduction {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
 
 
 def token_weights(
@@ -101,13 +117,14 @@ def token_weights(
 
 
 def _per_token_weights(mask: Tensor | None, like: Tensor, reduction: str, normalizer: float | Tensor | None) -> Tensor:
-    present = torch.ones_like(like) if mask is None else mask.to(like.dtype)
+    present = torch.ones_like(like) if mask is None else ones_of(mask, like.dtype)
     if normalizer is not None:
         return present / normalizer
     return present if reduction == "token-sum" else present / present.sum().clamp(min=1)
 
 
-def average(x: Tensor, count: Tensor) -> Tensor:
-    """fp32 mean over `count` tokens of `x`, which is 0 at masked positions; 0 where there are none."""
-    total = x.sum() if x.dtype == torch.float64 else x.sum(dtype=torch.float32)
-    return (total / count.clamp(min=1)).float()
+def averages(count: Tensor, *terms: Tensor) -> list[Tensor]:
+    """fp32 means over `count` tokens of `terms`, which are 0 at masked positions; 0 where there are none. An integer
+    is the sum of its term already."""
+    totals = torch.stack([x.sum() if x.is_floating_point() else x for x in terms])
+    return list((totals / count.clamp(min=1)).float().unbind())

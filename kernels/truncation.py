@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reductions import host_sees
+from .reductions import host_sees, keep_constant
 
 _CANDIDATES = (64, 1024)  # how many of the largest are looked at for the border of top-p, on a CPU
+_SHORT_ROW = 8192  # up to this an operation's call takes longer than its work on a row
 
 
 def cut_top_k(p: Tensor, k: Tensor | int) -> Tensor:
@@ -25,11 +26,19 @@ def cut_top_k(p: Tensor, k: Tensor | int) -> Tensor:
     on = (k > 0) & (k < vocab)
     k = torch.where(on, k, 1).long()
     if host_sees(p):
-        threshold = p.topk(int(k.max()), dim=1).values.gather(1, k - 1)
+        threshold = _kth_largest(p, k)
     else:
         threshold = _largest_threshold(p, k, lambda p, t: (p >= t).sum(1, keepdim=True))
     threshold = torch.where(on, threshold, -1.0)
     return _keep(p, threshold, k - (p > threshold).sum(1, keepdim=True))
+
+
+def _kth_largest(p: Tensor, k: Tensor) -> Tensor:
+    """[R, 1], on a CPU."""
+    most = int(k.max()) if k.numel() else 1
+    if 64 * most > p.shape[1] and bool((k == most).all()):  # `topk` would sort them
+        return p.kthvalue(p.shape[1] - most + 1, dim=1, keepdim=True).values
+    return p.topk(most, dim=1).values.gather(1, k - 1)
 
 
 def cut_top_p(p: Tensor, top_p: Tensor | float) -> Tensor:
@@ -39,8 +48,8 @@ def cut_top_p(p: Tensor, top_p: Tensor | float) -> Tensor:
     if host_sees(p):
         threshold = _threshold_of_mass(p, target, _CANDIDATES)
     else:
-        threshold = _largest_threshold(p, target, lambda p, t: _row_sums(torch.where(p >= t, p, 0.0)))
-    above = _row_sums(torch.where(p > threshold, p, 0.0))
+        threshold = _largest_threshold(p, target, _mass_from)
+    above = _row_sums(keep_constant(p, p > threshold, p.dtype))
     return _keep(p, threshold, torch.ceil((target - above) / threshold).clamp(min=1))
 
 
@@ -48,13 +57,15 @@ def _keep(p: Tensor, threshold: Tensor, ties: Tensor) -> Tensor:
     """Keeps what is above the threshold, and the first `ties` elements at it."""
     tied = p == threshold
     if host_sees(p) and not bool((tied.sum(1, keepdim=True) > ties).any()):
-        return torch.where(p >= threshold, p, 0.0)
+        return keep_constant(p, p >= threshold, p.dtype)
     return torch.where((p > threshold) | (tied & (tied.cumsum(1) <= ties)), p, 0.0)
 
 
 def _threshold_of_mass(p: Tensor, target: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """The largest t with sum of {p >= t} >= target, [R, 1], on a CPU: looked for among the largest elements of each
-    row, in rows where these do not reach it among more of them, and at last by bisection."""
+    row, in rows where these do not reach it among more of them, and at last by bisection, of long rows one by one."""
+    if not sizes and p.shape[1] <= _SHORT_ROW:
+        return _largest_threshold(p, target, _mass_from)
     if not sizes:
         return torch.tensor([[_bisect_mass(row, float(t))] for row, t in zip(p, target, strict=True)])
     values = p.topk(min(sizes[0], p.shape[1]), dim=1).values
@@ -86,6 +97,11 @@ def _largest_threshold(p: Tensor, target: Tensor, measure: Callable[[Tensor, Ten
         enough = measure(p, middle.view(torch.float32)) >= target
         low, high = torch.where(enough, middle, low), torch.where(enough, high, middle)
     return low.view(torch.float32)
+
+
+def _mass_from(p: Tensor, threshold: Tensor) -> Tensor:
+    """[R, 1], of the elements that are not below the threshold."""
+    return _row_sums(keep_constant(p, p >= threshold, p.dtype))
 
 
 def _row_sums(p: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from .dispatch import dense, uses_triton
 from .moments import Moments, Segments, elements, flat, merge_over, moments, moments_of, per_element, segments_of
-from .reductions import check_mask, keep
+from .reductions import check_mask, keep, keep_constant
 
 
 def variance(of: Moments, unbiased: bool = True) -> Tensor:
@@ -175,5 +175,6 @@ def masked_whiten(
         tokens = (flat(x), None if mask is None else flat(mask))
         return _Whiten.apply(*tokens, of, mean.reshape(-1), rstd.reshape(-1), shift_mean).view(x.shape)
     mean, rstd = (per_element(t, of, x.shape) for t in (mean, rstd))
-    whitened = (keep(x, mask, mean.dtype) - mean) * rstd
-    return keep(whitened if shift_mean else whitened + mean, mask, mean.dtype)
+    kept = keep if x.requires_grad else keep_constant
+    whitened = (kept(x, mask, mean.dtype) - mean) * rstd
+    return kept(whitened if shift_mean else whitened + mean, mask, mean.dtype)

@@ -134,6 +134,14 @@ def test_gradient_at_the_borders_of_the_ratio() -> None:
         assert [float(s) for s in stats[:6]] == [0.0, 0.0, 0.0, 0.0, 1.0, 1.0]
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, in the interpreter
+def test_a_broken_or_impossible_token_and_those_beside_it() -> None:
+    """NaN reaches the gradient; a ratio that is 0 or overflows does not become one."""
+    logprobs = torch.tensor([0.0, torch.nan, 300.0, -torch.inf, 300.0], requires_grad=True)
+    loss = policy_loss(logprobs, torch.zeros(5), torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0]), reduction="token-sum").loss
+    assert torch.autograd.grad(loss, logprobs)[0].nan_to_num(nan=7.0).tolist() == [-1.0, 7.0, 0.0, 0.0, 0.0]
+
+
 def test_gradient_at_the_borders_and_ties_of_the_value_clip() -> None:
     """The whole error's gradient up to the border, half of it where the errors beyond are equal."""
     values = torch.tensor([0.25, -0.25, 0.5, 0.5], requires_grad=True)

@@ -7,10 +7,11 @@ from ppomax.kernels.truncation import cut_top_k, cut_top_p
 from torch import Tensor
 
 
-@pytest.mark.parametrize("bisect", [False, True], ids=["candidates", "bisection"])
-def test_ties_go_to_the_lower_id(bisect: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if bisect:
+@pytest.mark.parametrize("short", [None, 8192, 0], ids=["candidates", "bisection", "bisection of each row"])
+def test_ties_go_to_the_lower_id(short: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if short is not None:
         monkeypatch.setattr(truncation, "_CANDIDATES", ())
+        monkeypatch.setattr(truncation, "_SHORT_ROW", short)
     p = torch.tensor([[0.125, 0.25, 0.125, 0.25, 0.125, 0.125]])
     for k, kept in {1: [1], 2: [1, 3], 3: [0, 1, 3], 5: [0, 1, 2, 3, 4], 6: range(6)}.items():
         assert cut_top_k(p, k).nonzero()[:, 1].tolist() == list(kept)
@@ -21,8 +22,9 @@ def test_ties_go_to_the_lower_id(bisect: bool, monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(cut_top_k(p, torch.tensor([[0]])), p)
 
 
-def test_bisection_without_looking_is_the_same() -> None:
-    """The form for other devices."""
+def test_bisection_without_looking_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form for other devices and for short rows, beside that of long ones."""
+    monkeypatch.setattr(truncation, "_SHORT_ROW", 0)
     p = torch.softmax(torch.randn(5, 900) * 3, 1).bfloat16().float()
     for target in (0.2, 0.9):
         goal = torch.full((5, 1), target, dtype=torch.float64)
