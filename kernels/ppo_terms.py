@@ -228,7 +228,7 @@ def _clipped_ratio(log_ratio: Tensor, ratio: Tensor, lower: Tensor, upper: Tenso
 def clip_bounds(advantages: Tensor, options: PolicyOptions) -> tuple[Tensor, Tensor]:
     """(lower, upper) of the ratio for each token, by the sign of its advantage."""
     negative = ones_of(advantages < 0, advantages.dtype)
-    if math.isinf(options.dual):  # times 0 it is no number
+    if math.isinf(options.dual):  # which times 0 were no number; over 0 the upper bound is infinite
         return negative * options.lower, options.upper / (1.0 - negative)
     return negative * options.lower, negative * options.dual + (1.0 - negative) * options.upper
 
@@ -245,12 +245,6 @@ def value_terms(
     error = (values - returns).square()
     if clip_eps is None:
         return coef * error, torch.zeros_like(error, dtype=torch.bool)
-    v, e = values.detach(), error.detach()
-    clipped = v.clamp(old_values - clip_eps, old_values + clip_eps)
+    clipped = values.clamp(old_values - clip_eps, old_values + clip_eps)
     clipped_error = (clipped - returns).square()
-    larger = torch.maximum(e, clipped_error)
-    if error.requires_grad:
-        # beyond the range the clipped error has no gradient, and half counts where they tie
-        share = torch.sign(e - clipped_error).add_(1.0).add_(v == clipped).mul_(0.5)
-        larger = larger + share * (error - e)
-    return coef * larger, clipped_error > e
+    return coef * torch.maximum(error, clipped_error), clipped_error > error
