@@ -57,7 +57,6 @@ def answer_and_judge(
     ranks: Ranks = ALONE,
 ) -> Answers:
     """Sample one response to each prompt and score it. The same seed draws the same random numbers."""
-    ranks.check_same("held-out prompts", (prompt.tokens for prompt in prompts))
     seeds = random_seeds(len(prompts), seed, _SEED)
     own = ranks.share([1] * len(prompts))
     with ranks.gathered(engine.policy):

@@ -11,7 +11,7 @@ from ppomax.engine.batch import Prompt, Rollout
 from ppomax.engine.config import EvalConfig
 from ppomax.engine.data import read_prompts, split_by_context
 from ppomax.engine.errors import InputError
-from ppomax.engine.evaluation import Answers, Evaluation, WinRate, answer_and_judge, evaluate
+from ppomax.engine.evaluation import Answers, Evaluation, WinRate, evaluate
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 GOLD = "ppomax.engine.world:gold_rewards"
@@ -187,16 +187,6 @@ def test_the_first_prompts_of_the_held_out_share(policy_folder: Path, world_file
 
 
 # What is refused
-
-
-@pytest.mark.parametrize("tokens", [[[5, 6]], [[5, 6], [5, 7]]], ids=["fewer", "others"])
-def test_processes_with_different_held_out_prompts(tokens: list[list[int]], two_processes: Any) -> None:
-    first, second = two_processes
-    first.check_same("held-out prompts", [[5, 6], [5, 6]])
-    prompts = [Prompt([], each) for each in tokens]
-    nothing: Any = None
-    with pytest.raises(InputError, match=r"^held-out prompts: the processes have read different ones; all need the"):
-        answer_and_judge(nothing, nothing, prompts, {}, micro_batch_tokens=64, seed=0, ranks=second)
 
 
 @pytest.mark.parametrize("place", ["policy", "baseline", "judge"])

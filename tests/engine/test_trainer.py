@@ -13,6 +13,7 @@ import torch
 from ppomax.engine.data import read_prompts, split_by_context
 from ppomax.engine.errors import InputError
 from ppomax.engine.metrics import RunLog, read_metrics
+from ppomax.engine.parallel import Ranks
 from ppomax.engine.ppo import PPO
 from ppomax.engine.rewards import RunningMoments
 from ppomax.engine.templates import Template
@@ -171,6 +172,16 @@ def test_held_out_prompts_are_answered_now_and_then(new_trainer: Callable, world
     training = [untimed(list(new_trainer({}, iterations=5, eval_every=0, policy_optim={"lr": 0.0})))]
     for plain, step in zip(training[0], untimed(steps), strict=True):
         assert plain == {k: step[k] for k in plain}  # being watched changes nothing
+
+
+def test_processes_with_different_held_out_prompts(
+    new_trainer: Callable, world_files: dict[str, Path], two_processes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = two_processes
+    first.check_same("held-out prompts", [[5, 6], [5, 6]])
+    monkeypatch.setattr(Ranks, "of", lambda runtime: second)
+    with pytest.raises(InputError, match=r"^held-out prompts: the processes have read different ones; all need the"):
+        new_trainer({"eval_prompts": world_files["held_out"]})
 
 
 def test_a_share_of_the_prompts_is_held_out(new_trainer: Callable, world_files: dict[str, Path]) -> None:
